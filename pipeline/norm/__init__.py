@@ -1,0 +1,7 @@
+"""Synchronized batch normalization: knows nothing of images, configuration or Lightning."""
+
+from pipeline.norm.folding import fold
+from pipeline.norm.moments import Moments, batch_moments, merge
+from pipeline.norm.sync_batch_norm import SyncBatchNorm, SyncBatchNorm2d, convert, revert
+
+__all__ = ["Moments", "SyncBatchNorm", "SyncBatchNorm2d", "batch_moments", "convert", "fold", "merge", "revert"]

@@ -1,0 +1,237 @@
+"""Batch normalization whose statistics span a group of ranks, and the exact conversion from and to torch's layers.
+
+Forward, over the m values of a channel in the whole group:  y = gamma (x - mu) / sqrt(s2 + eps) + beta.
+Backward:  dx = gamma / sqrt(s2 + eps) (dy - mean(dy) - xhat mean(dy xhat)), both means over the group;
+dgamma and dbeta stay local, since DDP averages them with all other gradients (Ioffe & Szegedy 2015).
+One exchange a layer and direction, in float64; no value is read on the host.   Legend: N images, C channels.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.norm.collectives import GroupSize, StatisticsGroup, statistics_group
+from pipeline.norm.moments import Moments, batch_moments
+
+Layer = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
+
+
+class SyncBatchNorm(nn.Module):
+    """Batch normalization of (N, C, *) over all ranks of a group; state_dict keys and meaning are nn.BatchNorm2d's.
+
+    num_features: C.  eps: added to the variance.  momentum: weight of the new batch in the running
+    statistics; None: all batches weigh the same.  group_size: ranks that share statistics: 0 = all,
+    1 = this one, "node", or a divisor of the world.  activation: None or "relu", applied to the output.
+    A rank may hold any number of images, none included. Without a process group this is batch
+    normalization of the local batch. Raises ValueError for an input without dimension C.
+    """
+
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    num_batches_tracked: Tensor | None
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        eps: float = 1e-3,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        group_size: GroupSize = 0,
+        activation: str | None = None,
+    ):
+        super().__init__()
+        if activation not in (None, "relu"):
+            raise ValueError(f'activation = {activation!r} is not offered; choose None or "relu"')
+        self.num_features, self.eps, self.momentum = num_features, eps, momentum
+        self.affine, self.track_running_stats = affine, track_running_stats
+        self.group_size, self.activation = group_size, activation
+        self.reverts_to: type[nn.modules.batchnorm._BatchNorm] = nn.BatchNorm2d
+        self.register_parameter("weight", nn.Parameter(torch.ones(num_features)) if affine else None)
+        self.register_parameter("bias", nn.Parameter(torch.zeros(num_features)) if affine else None)
+        tracked = track_running_stats
+        self.register_buffer("running_mean", torch.zeros(num_features) if tracked else None)
+        self.register_buffer("running_var", torch.ones(num_features) if tracked else None)
+        self.register_buffer("num_batches_tracked", torch.tensor(0) if tracked else None)
+
+    def reset_running_stats(self) -> None:
+        """Forget all batches seen: mean 0, variance 1."""
+        if self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None:
+            self.running_mean.zero_()
+            self.running_var.fill_(1)
+            self.num_batches_tracked.zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() < 2 or x.shape[1] != self.num_features:
+            raise ValueError(
+                f"input of shape {tuple(x.shape)} does not fit num_features = {self.num_features}; "
+                f"it must be (N, {self.num_features}, *)"
+            )
+        if self.training or self.running_mean is None:
+            y = self._normalize_batch(x)
+        else:
+            y = nn.functional.batch_norm(
+                x, self.running_mean, self.running_var, self.weight, self.bias, training=False, eps=self.eps
+            )
+        return torch.relu(y) if self.activation == "relu" else y
+
+    def _normalize_batch(self, x: Tensor) -> Tensor:
+        group = statistics_group(self.group_size if self.training else 1)
+        with torch.no_grad():
+            moments = group.merged(batch_moments(x))
+            if self.training:
+                self._track(moments)
+        y: Tensor = _Normalize.apply(x, self.weight, self.bias, moments, self.eps, group)
+        return y
+
+    def _track(self, moments: Moments) -> None:
+        """Running statistics: the variance with n - 1 over the whole group, as nn.BatchNorm2d keeps it."""
+        if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
+            return
+        self.num_batches_tracked.add_(1)
+        fraction = 1.0 / self.num_batches_tracked.double() if self.momentum is None else self.momentum
+        weight = fraction * (moments.count > 0).double()  # a batch without any image is not a batch
+        for running_C, batch_C in (
+            (self.running_mean, moments.mean_C),
+            (self.running_var, moments.unbiased_variance_C()),
+        ):
+            running_C.copy_(running_C + weight * (batch_C - running_C))
+
+    def extra_repr(self) -> str:
+        return f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, group_size={self.group_size}" + (
+            f", activation={self.activation}" if self.activation else ""
+        )
+
+
+SyncBatchNorm2d = SyncBatchNorm
+
+
+class _Normalize(torch.autograd.Function):
+    """Normalization with given moments of the group, differentiated through those moments."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight_C: Tensor | None,
+        bias_C: Tensor | None,
+        moments: Moments,
+        eps: float,
+        group: StatisticsGroup,
+    ) -> Tensor:
+        arithmetic = torch.float64 if x.dtype == torch.float64 else torch.float32
+        view = [1, -1] + [1] * (x.dim() - 2)
+        mean_C = moments.mean_C.to(arithmetic)
+        invstd_C = (moments.variance_C() + eps).rsqrt()
+        scale_C = (invstd_C if weight_C is None else invstd_C * weight_C).to(arithmetic)
+        y = (x - mean_C.view(view)).mul_(scale_C.view(view))
+        if bias_C is not None:
+            y.add_(bias_C.view(view))
+        ctx.save_for_backward(x, weight_C, mean_C, invstd_C, moments.count)
+        ctx.group = group
+        return y.to(x.dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight_C, mean_C, invstd_C, count = ctx.saved_tensors
+        arithmetic, view = mean_C.dtype, [1, -1] + [1] * (x.dim() - 2)
+        reduced = [d for d in range(x.dim()) if d != 1]
+        dy_wide = dy.to(arithmetic)
+        deviation = x - mean_C.view(view)
+        sum_dy_C = dy_wide.sum(reduced).double()
+        sum_dy_xhat_C = (dy_wide * deviation).sum(reduced).double() * invstd_C
+        # Every rank takes part in the exchange even if its own dx is not asked for: another rank's may be.
+        total_2C = ctx.group.summed(torch.cat([sum_dy_C, sum_dy_xhat_C]))
+        mean_dy_C, mean_dy_xhat_C = (total_2C / count.clamp(min=1)).chunk(2)
+        dx = None
+        if ctx.needs_input_grad[0]:
+            scale_C = invstd_C if weight_C is None else invstd_C * weight_C
+            # dx = scale dy - (scale mean(dy xhat) invstd) deviation - scale mean(dy)
+            dx = deviation.mul_((-scale_C * mean_dy_xhat_C * invstd_C).to(arithmetic).view(view))
+            dx.add_((-scale_C * mean_dy_C).to(arithmetic).view(view))
+            dx.addcmul_(dy_wide, scale_C.to(arithmetic).view(view))
+            dx = dx.to(x.dtype)
+        dweight = sum_dy_xhat_C.to(weight_C.dtype) if weight_C is not None and ctx.needs_input_grad[1] else None
+        dbias = sum_dy_C.to(weight_C.dtype) if weight_C is not None and ctx.needs_input_grad[2] else None
+        return dx, dweight, dbias, None, None, None
+
+
+def convert(module: nn.Module, *, group_size: GroupSize = 0) -> nn.Module:
+    """Replace every nn.BatchNorm1d/2d/3d in module by SyncBatchNorm with the same tensors; returns the module.
+
+    A layer used at several places stays one layer. `revert` is the exact inverse.
+    """
+
+    def synchronized(layer: nn.Module) -> nn.Module | None:
+        if type(layer) not in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
+            return None
+        assert isinstance(layer, Layer)
+        new = SyncBatchNorm(
+            layer.num_features,
+            eps=layer.eps,
+            momentum=layer.momentum,
+            affine=layer.affine,
+            track_running_stats=layer.track_running_stats,
+            group_size=group_size,
+        )
+        new.reverts_to = type(layer)
+        return _with_tensors_of(layer, new)
+
+    return _replaced(module, synchronized)
+
+
+def revert(module: nn.Module) -> nn.Module:
+    """Replace every SyncBatchNorm by the nn.BatchNorm1d/2d/3d it came from (2d if from none), same tensors.
+
+    Raises ValueError for a layer with a fused activation: torch's layers have none.
+    """
+
+    def plain(layer: nn.Module) -> nn.Module | None:
+        if not isinstance(layer, SyncBatchNorm):
+            return None
+        if layer.activation:
+            raise ValueError(
+                f"SyncBatchNorm({layer.num_features}) has activation = {layer.activation!r}, which nn.BatchNorm2d "
+                "lacks; build the model with activation=None and a separate nonlinearity"
+            )
+        new = layer.reverts_to(
+            layer.num_features,
+            eps=layer.eps,
+            momentum=layer.momentum,
+            affine=layer.affine,
+            track_running_stats=layer.track_running_stats,
+        )
+        return _with_tensors_of(layer, new)
+
+    return _replaced(module, plain)
+
+
+def _with_tensors_of(old: nn.Module, new: nn.Module) -> nn.Module:
+    new._parameters.update(old._parameters)
+    new._buffers.update(old._buffers)
+    return new.train(old.training)
+
+
+def _replaced(module: nn.Module, replacement: Any) -> nn.Module:
+    """Module with every submodule that has a replacement exchanged, shared ones once."""
+    done: dict[nn.Module, nn.Module] = {}
+
+    def visit(current: nn.Module) -> nn.Module:
+        if current not in done:
+            done[current] = current
+            new = replacement(current)
+            if new is not None:
+                done[current] = new
+            for name, child in current._modules.items():
+                if child is not None:
+                    current._modules[name] = visit(child)
+        return done[current]
+
+    return visit(module)

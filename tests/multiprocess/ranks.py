@@ -1,0 +1,67 @@
+"""Real ranks for tests: processes with a gloo group, forked from a server that has imported torch already."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+_SERVER = multiprocessing.get_context("forkserver")
+_SERVER.set_forkserver_preload(["tests.multiprocess.preload"])
+
+
+def run_ranks(world: int, function: Callable[..., Any], *arguments: Any, seconds: float = 240) -> list[Any]:
+    """function(rank, world, *arguments) on every rank of a gloo group; what each returned, in the order of ranks."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    queue = _SERVER.SimpleQueue()
+    processes = [
+        _SERVER.Process(target=_rank, args=(rank, world, port, queue, function, arguments)) for rank in range(world)
+    ]
+    for process in processes:
+        process.start()
+    results: dict[int, Any] = {}
+    try:
+        for _ in processes:
+            assert queue._reader.poll(seconds), f"ranks {set(range(world)) - set(results)} gave no result"
+            rank, result, failure = queue.get()
+            assert failure is None, f"rank {rank} failed:\n{failure}"
+            results[rank] = result
+    finally:
+        for process in processes:
+            process.join(5 if len(results) == world else 0)
+            if process.is_alive():
+                process.kill()
+                process.join()
+    return [results[rank] for rank in range(world)]
+
+
+def _rank(
+    rank: int, world: int, port: int, queue: Any, function: Callable[..., Any], arguments: tuple[Any, ...]
+) -> None:
+    import torch
+
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world),
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+    )  # fmt: skip
+    torch.set_num_threads(1)
+    try:
+        queue.put((rank, function(rank, world, *arguments), None))
+    except BaseException:
+        queue.put((rank, None, traceback.format_exc()))
+
+
+def with_group(rank: int, world: int, function: Callable[..., Any], *arguments: Any) -> Any:
+    """function(rank, world, *arguments) inside an initialized gloo group."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    try:
+        return function(rank, world, *arguments)
+    finally:
+        dist.destroy_process_group()
