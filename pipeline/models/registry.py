@@ -1,0 +1,60 @@
+"""Models by name: our own from a dict of real imports, and every torchvision classifier."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+
+from torch import nn
+
+from pipeline.models.blocks import NormFactory, SampleDropout
+from pipeline.models.inception import bn_inception, inception
+
+MODELS: Mapping[str, Callable[..., nn.Module]] = {"bn_inception": bn_inception, "inception": inception}
+
+# Their auxiliary heads return other types from forward; without them they are classifiers like the rest.
+_TORCHVISION_OPTIONS = {
+    "googlenet": {"aux_logits": False, "init_weights": True},
+    "inception_v3": {"aux_logits": False, "init_weights": True},
+}
+
+
+def build(name: str, *, num_classes: int, norm: NormFactory | None = None, **options: object) -> nn.Module:
+    """A classifier of images (N, 3, H, W) into num_classes logits.
+
+    name: "bn_inception", "inception", or any torchvision classification model. norm(channels) builds
+    the norms of our own; torchvision's keep torch's, to be converted by the caller. options: those of
+    InceptionNetwork; torchvision models take `dropout` alone. Raises ValueError naming the nearest
+    model, or the options that do not exist.
+    """
+    if name in MODELS:
+        return MODELS[name](num_classes=num_classes, norm=norm, **options)
+    # Not at the top: torchvision takes 2.7 s to import, and our own models do not need it.
+    from torchvision import models as torchvision_models
+
+    names = torchvision_models.list_models(module=torchvision_models)
+    if name not in names:
+        near = difflib.get_close_matches(name, [*MODELS, *names], n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"choose one of {list(MODELS)} or a torchvision classifier"
+        raise ValueError(f"model.name = {name!r} is not a model; {hint}")
+    dropout = options.pop("dropout", None)
+    if options:
+        raise ValueError(
+            f"model options {sorted(options)} do not exist for torchvision's {name}; it takes dropout alone"
+        )
+    model = torchvision_models.get_model(
+        name, weights=None, num_classes=num_classes, **_TORCHVISION_OPTIONS.get(name, {})
+    )
+    assert isinstance(model, nn.Module)
+    return _with_sample_dropout(model, None if dropout is None else float(str(dropout)))
+
+
+def _with_sample_dropout(model: nn.Module, p: float | None) -> nn.Module:
+    """Keyed dropout for torch's, so that masks do not depend on ranks; p overrides the model's own rate."""
+    layer = 0
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if type(child) is nn.Dropout:
+                setattr(parent, name, SampleDropout(child.p if p is None else p, layer))
+                layer += 1
+    return model

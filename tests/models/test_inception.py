@@ -1,0 +1,169 @@
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from pipeline import models
+from pipeline.models.blocks import SampleDropout, Unit, forward_level, set_sample_keys
+from pipeline.norm import SyncBatchNorm
+
+
+def build(name: str = "bn_inception", **options: object) -> nn.Module:
+    return models.build(name, num_classes=1000, norm=SyncBatchNorm, **options)
+
+
+def parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+# Every row: reference of the facts is the arithmetic of the paper's figure 5.
+@pytest.mark.parametrize(
+    ("count", "name", "options"),
+    [
+        (11_188_288, "bn_inception", {}),
+        (11_194_984, "bn_inception", {"stem": "dense"}),
+        (11_285_224, "bn_inception", {"stem": "dense", "literal_fig5": True}),
+        (11_278_528, "bn_inception", {"literal_fig5": True}),
+        (11_185_032, "inception", {"stem": "dense"}),
+        (11_178_336, "inception", {}),
+        (11_275_208, "inception", {"stem": "dense", "literal_fig5": True}),
+        (13_601_520, "inception", {"stem": "dense", "auxiliary_head": True}),
+        (13_594_824, "inception", {"auxiliary_head": True}),
+        (13_611_600, "bn_inception", {"stem": "dense", "auxiliary_head": True}),
+        (13_604_904, "bn_inception", {"auxiliary_head": True}),
+        (13_695_792, "inception", {"stem": "dense", "literal_fig5": True, "auxiliary_head": True}),
+        (13_705_936, "bn_inception", {"stem": "dense", "literal_fig5": True, "auxiliary_head": True}),
+    ],
+)
+def test_parameters_are_those_of_the_paper(count, name, options):
+    assert parameters(build(name, **options)) == count
+
+
+def test_parameters_split_into_convolutions_norms_and_classifier():
+    model = build()
+    convolutions = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Conv2d))
+    norms = sum(parameters(m) for m in model.modules() if isinstance(m, SyncBatchNorm))
+    assert (convolutions, norms, parameters(model.classifier)) == (10_143_384, 19_904, 1_025_000)
+
+
+@pytest.mark.parametrize(
+    ("billions", "options"),
+    [
+        (2.0189, {"stem": "dense"}),
+        (1.9349, {}),
+        (2.0326, {"stem": "dense", "literal_fig5": True}),
+        (1.9486, {"literal_fig5": True}),
+    ],
+)
+def test_multiply_adds_are_those_of_the_paper(billions, options):
+    model = build(**options).eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.zeros(1, 3, 224, 224))
+    assert round(counter.get_total_flops() / 2e9, 4) == billions
+
+
+def shapes(model: nn.Module, size: int) -> dict[str, tuple[int, ...]]:
+    seen: dict[str, tuple[int, ...]] = {}
+    parts = {**{f"stem{i}": m for i, m in enumerate(model.stem)}, **dict(model.body.items())}
+    for name, part in parts.items():
+        part.register_forward_hook(lambda m, i, o, name=name: seen.update({name: tuple(o.shape[1:])}))
+    with torch.no_grad():
+        model.eval()(torch.zeros(1, 3, size, size))
+    return seen
+
+
+def test_shapes_of_every_stage_are_those_of_figure_5():
+    assert shapes(build(), 224) == {
+        "stem0": (64, 112, 112), "stem1": (64, 56, 56), "stem2": (64, 56, 56), "stem3": (192, 56, 56),
+        "stem4": (192, 28, 28), "3a": (256, 28, 28), "3b": (320, 28, 28), "3c": (576, 14, 14), "4a": (576, 14, 14),
+        "4b": (576, 14, 14), "4c": (576, 14, 14), "4d": (576, 14, 14), "4e": (1024, 7, 7), "5a": (1024, 7, 7),
+        "5b": (1024, 7, 7),
+    }  # fmt: skip
+    literal = shapes(build(literal_fig5=True), 224)
+    assert (literal["4c"], literal["4d"], literal["4e"]) == ((608, 14, 14), (608, 14, 14), (1056, 7, 7))
+    assert shapes(build(stem="small", width=0.25), 32)["3a"][1:] == (16, 16)
+
+
+def test_there_are_69_norms_of_9952_channels_directly_before_the_nonlinearity():
+    for stem in ("separable", "dense", "small"):
+        model = build(stem=stem)
+        norms = [m for m in model.modules() if isinstance(m, SyncBatchNorm)]
+        assert (len(norms), sum(n.num_features for n in norms)) == (69, 9952)
+        assert sum(isinstance(m, Unit) for m in model.modules()) == 69
+    assert sum(n.num_features for n in build(literal_fig5=True).modules() if isinstance(n, SyncBatchNorm)) == 10_016
+
+
+def test_convolutions_have_a_bias_only_where_no_norm_follows():
+    assert all(m.bias is None for m in build().modules() if isinstance(m, nn.Conv2d))
+    plain = [m for m in build("inception").modules() if isinstance(m, nn.Conv2d)]
+    assert sum(m.bias is None for m in plain) == 1  # the depthwise one
+
+
+def test_blocks_run_in_33_levels_through_forward_level_of_the_norm():
+    levels: list[list[int]] = []
+
+    class LevelNorm(SyncBatchNorm):
+        @staticmethod
+        def forward_level(layers, xs):
+            levels.append([layer.num_features for layer in layers])
+            return [layer(x) for layer, x in zip(layers, xs, strict=True)]
+
+    torch.manual_seed(0)
+    model = models.build("bn_inception", num_classes=10, norm=LevelNorm, stem="small", width=0.25)
+    torch.manual_seed(0)
+    alone = models.build("bn_inception", num_classes=10, norm=SyncBatchNorm, stem="small", width=0.25)
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(model(x).main_NK, alone(x).main_NK)
+    assert len(levels) == 30  # ten modules of three; the stem's three levels hold one layer each
+    assert [len(level) for level in levels[:9]] == [4, 2, 1, 4, 2, 1, 2, 2, 1]
+    full = [Unit(3, c, 1, model_style()) for c in (64, 64, 64, 32)]
+    assert len(forward_level(full, [torch.randn(1, 3, 4, 4)] * 4)) == 4
+
+
+def model_style():
+    from pipeline.models.blocks import Style
+
+    return Style(SyncBatchNorm)
+
+
+def test_sigmoid_replaces_every_rectifier_and_gain_scales_convolutions():
+    assert (build(activation="sigmoid", stem="small", width=0.25).stem(torch.randn(1, 3, 8, 8)) >= 0).all()
+    torch.manual_seed(0)
+    one = build(width=0.25).body["3a"].conv3.conv.weight
+    torch.manual_seed(0)
+    two = build(width=0.25, initial_gain=2.0).body["3a"].conv3.conv.weight
+    torch.testing.assert_close(two, 2 * one)
+
+
+def test_auxiliary_head_speaks_in_training_only():
+    model = build(auxiliary_head=True, width=0.25)
+    assert model(torch.randn(2, 3, 224, 224)).auxiliary_NK.shape == (2, 1000)
+    assert model.eval()(torch.randn(2, 3, 224, 224)).auxiliary_NK is None
+
+
+def test_every_option_takes_an_empty_batch():
+    for name, options in (("bn_inception", {}), ("inception", {"response_norm": True, "dropout": 0.4})):
+        model = models.build(name, num_classes=5, norm=SyncBatchNorm, stem="small", width=0.25, **options)
+        set_sample_keys(model, torch.zeros(0, dtype=torch.int64))
+        model(torch.zeros(0, 3, 32, 32)).main_NK.sum().backward()
+        assert all((p.grad == 0).all() for p in model.parameters())
+
+
+def test_dropout_masks_depend_on_key_and_layer_alone():
+    layer, x = SampleDropout(0.4), torch.ones(6, 500)
+    layer.key_N = torch.arange(6) * 7919
+    whole = layer(x)
+    layer.key_N = layer.key_N[2:]
+    assert torch.equal(layer(x[2:]), whole[2:])
+    assert abs((whole == 0).float().mean() - 0.4) < 0.03
+    assert torch.equal(whole.unique(), torch.tensor([0, 1 / 0.6]))
+    assert len({tuple(row.tolist()) for row in whole}) == 6
+    other = SampleDropout(0.4, layer=1)
+    other.key_N = torch.arange(6) * 7919
+    assert not torch.equal(other(x), whole)
+    assert torch.equal(layer.eval()(x), x)
+
+
+def test_dropout_without_keys_is_refused():
+    with pytest.raises(RuntimeError, match=r"has keys for 0 of 3 images; call set_sample_keys"):
+        SampleDropout(0.5)(torch.ones(3, 2))
