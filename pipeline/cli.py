@@ -1,0 +1,293 @@
+"""The verbs of the product, one function each. Heavy imports wait inside a verb, so that --help answers at once."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pipeline.config import Config
+
+DONE, FAILED, USAGE, BAD_DATA, RESUMABLE = 0, 1, 2, 3, 75
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb; returns the exit code: 0 done, 2 usage or config, 3 data, 75 interrupted and resumable, 1 other."""
+    options = _parser().parse_args(arguments)
+    verb: Callable[[argparse.Namespace], int] = options.verb
+    try:
+        return verb(options)
+    except KeyboardInterrupt:
+        print("pipeline: interrupted", file=sys.stderr)
+        return RESUMABLE if verb is train else FAILED
+    except Exception as error:
+        code = _code_of(error)
+        if code is None:
+            raise
+        print(f"pipeline: {error}", file=sys.stderr)
+        return code
+
+
+def train(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from pipeline.config import compose_config, read_config, to_yaml
+    from pipeline.world import World
+
+    console = Console()
+    if World.is_launched():  # one process of several: the config is frozen
+        return _train_here(read_config(Path(options.config[0])))
+    files = [word for word in options.config if word.endswith((".yaml", ".yml")) and "=" not in word]
+    overrides = [word for word in options.config if word not in files]
+    config = read_config(Path(files[0]), overrides) if files else compose_config(overrides)
+    if options.print_config:
+        print(to_yaml(config), end="")
+        return DONE
+    from pipeline.launch.plan import CONFIG, open_run
+
+    config = open_run(_prepared(config, console))
+    if config.world == 1:
+        return _train_here(config)
+    return _launch_here(config, ["train", str(config.directory / CONFIG)])
+
+
+def evaluate(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from pipeline.config import ConfigError, completed, read_config
+    from pipeline.launch.plan import CONFIG
+    from pipeline.world import World
+
+    directory = Path(options.run)
+    if not (directory / CONFIG).is_file():
+        raise ConfigError(f"{directory} is no run: it holds no {CONFIG}; give a directory like runs/NAME")
+    config = read_config(directory / CONFIG, options.overrides)
+    config = completed(config, run={"dir": str(directory.parent), "id": directory.name})
+    checkpoint = _checkpoint(directory, options.checkpoint)
+    if config.world > 1 and not World.is_launched():
+        words = ["evaluate", str(directory), "--checkpoint", str(checkpoint), *options.overrides]
+        return _launch_here(config, words)
+    from pipeline import run
+
+    run.evaluate(config, World.from_environment(), Console(), checkpoint=checkpoint)
+    return DONE
+
+
+def shards_write(options: argparse.Namespace) -> int:
+    from pipeline.data.writer import write_shards
+
+    with _progress("writing") as progress:
+        manifest = write_shards(
+            options.source,
+            Path(options.root),
+            samples_per_shard=options.samples_per_shard,
+            workers=options.workers,
+            seed=options.seed,
+            holdout=options.holdout,
+            progress=progress,
+        )
+    for split in manifest.splits:
+        print(f"{options.root}: {split}: {manifest.count(split):,} images in {len(manifest.splits[split])} shards")
+    print(f"{len(manifest.classes)} classes; digest {manifest.digest[:16]}")
+    return DONE
+
+
+def shards_verify(options: argparse.Namespace) -> int:
+    from pipeline.data.verification import verify
+
+    with _progress("verifying") as progress:
+        report = verify(Path(options.root), decode_images=options.decode, workers=options.workers, progress=progress)
+    for fault in report.faults:
+        print(fault, file=sys.stderr)
+    verdict = f"{len(report.faults)} faults" if report.faults else "sound"
+    print(
+        f"{options.root}: {report.samples:,} images in {report.shards} shards, {report.bytes / 1e6:,.1f} MB: {verdict}"
+    )
+    return BAD_DATA if report.faults else DONE
+
+
+def shards_describe(options: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    from pipeline.data.description import contact_sheet, describe
+
+    root = Path(options.root)
+    manifest, facts = describe(root)
+    table = Table("split", "images", "shards", "MB", "bytes an image", "images a class", "width", "height")
+    for name, f in facts.items():
+        table.add_row(
+            name, f"{f.samples:,}", str(f.shards), f"{f.bytes_total / 1e6:,.1f}", f"{f.bytes_mean:,.0f}",
+            f"{f.class_fewest:,} to {f.class_most:,}", _spread(f.width), _spread(f.height),
+        )  # fmt: skip
+    console = Console()
+    console.print(table)
+    names = [c.name for c in manifest.classes]
+    print(f"{len(names)} classes: {', '.join(names[:10])}{', ...' if len(names) > 10 else ''}")
+    print(f"digest {manifest.digest}")
+    split = options.split or next(iter(sorted(manifest.splits)))
+    path = Path(options.sheet or f"{root.name}-{split}.png")
+    contact_sheet(root, split).save(path)
+    print(f"contact sheet of {split}: {path}")
+    return DONE
+
+
+def _prepared(config: Config, console: object) -> Config:
+    """What the data decides, without importing torch where several processes will import it anyway."""
+    from rich.console import Console
+
+    from pipeline import run
+
+    assert isinstance(console, Console)
+    return run.prepare(config, console)
+
+
+def _train_here(config: Config) -> int:
+    from rich.console import Console
+
+    from pipeline import run
+    from pipeline.callbacks.preemption import InterruptedRunError
+    from pipeline.world import World
+
+    world = World.from_environment()
+    try:
+        run.train(config, world, Console(quiet=not world.leads))
+    except InterruptedRunError as interruption:
+        if world.leads:
+            print(
+                f"pipeline: {interruption}; go on with: pipeline train {config.directory}/config.yaml", file=sys.stderr
+            )
+        return RESUMABLE
+    return DONE
+
+
+def _launch_here(config: Config, arguments: list[str]) -> int:
+    from pipeline.config import ConfigError
+    from pipeline.launch.local import run_processes
+
+    if config.cluster.nodes > 1:
+        raise ConfigError(
+            f"cluster.nodes = {config.cluster.nodes}: one machine cannot start several; "
+            "start every node with torchrun or srun, or set cluster.nodes=1"
+        )
+    return run_processes(
+        arguments, processes=config.cluster.devices, threads=config.trainer.threads, logs=config.directory / "logs"
+    )
+
+
+def _checkpoint(directory: Path, wanted: str) -> Path:
+    from pipeline.config import ConfigError
+    from pipeline.training.checkpoint import BEST, newest
+
+    folder = directory / "checkpoints"
+    path = newest(folder) if wanted == "newest" else folder / BEST if wanted == "best" else Path(wanted)
+    if path is None or not path.is_file():
+        raise ConfigError(f"--checkpoint {wanted}: there is none in {folder}; train first, or give a file")
+    return path
+
+
+class _progress:
+    """A bar of images done; called with (done, total)."""
+
+    def __init__(self, what: str):
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        console = Console(stderr=True)
+        columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TextColumn("images"), TimeRemainingColumn())
+        self._bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self._task = self._bar.add_task(what, total=None)
+
+    def __enter__(self) -> Callable[[int, int], None]:
+        self._bar.start()
+        return lambda done, total: self._bar.update(self._task, completed=done, total=total)
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+
+def _spread(values: tuple[int, int, int]) -> str:
+    low, median, high = values
+    return str(median) if low == high else f"{low} to {high}, median {median}"
+
+
+def _code_of(error: Exception) -> int | None:
+    """The exit code of an error that is the user's to mend, or None for one that is ours."""
+    names = {kind.__name__ for kind in type(error).__mro__}  # by name: their modules may not be imported
+    return USAGE if "ConfigError" in names else BAD_DATA if "DataError" in names else None
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="pipeline",
+        description="Distributed training in which an interrupted run is the same run.",
+        epilog="example: pipeline train recipe=bn_x5 data=digits cluster.devices=2",
+    )
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+    _add(
+        verbs, "train", train, "train a recipe on a data set, or go on with a run",
+        "pipeline train recipe=bn_x5 data=cifar10 cluster.devices=2 run.id=first\n"
+        "  pipeline train runs/first/config.yaml trainer.max_epochs=20",
+        lambda p: (
+            p.add_argument("config", nargs="*", metavar="key=value | RUN/config.yaml",
+                           help="overrides of conf/config.yaml, or of a frozen config; --print-config lists all keys"),
+            p.add_argument("--print-config", action="store_true", help="show the resolved config and stop"),
+        ),
+    )  # fmt: skip
+    _add(
+        verbs, "evaluate", evaluate, "score a run's checkpoint on the validation images",
+        "pipeline evaluate runs/first --checkpoint best cluster.devices=2",
+        lambda p: (
+            p.add_argument("run", help="the run's directory"),
+            p.add_argument("overrides", nargs="*", metavar="key=value", help="keys to change, as cluster.devices=2"),
+            p.add_argument("--checkpoint", default="newest", help="newest, best, or a file (default: newest)"),
+        ),
+    )  # fmt: skip
+    shards = verbs.add_parser("shards", help="pack images into shards, check them, look at them").add_subparsers(
+        required=True, metavar="VERB"
+    )
+    _add(
+        shards, "write", shards_write, "pack images into shards; goes on where it was stopped",
+        "pipeline shards write cifar10.zip shards/cifar10 --workers 2",
+        lambda p: (
+            p.add_argument("source", help="class folders, a zip of them, or the directory of the ILSVRC2012 tars"),
+            p.add_argument("root", help="directory for the shards"),
+            p.add_argument("--samples-per-shard", type=int, default=1000, metavar="N"),
+            p.add_argument("--workers", type=int, default=1, metavar="N", help="processes; the same bytes"),
+            p.add_argument("--seed", type=int, default=0, help="of the order in the shards"),
+            p.add_argument("--holdout", type=float, default=0.0, metavar="F",
+                           help="without a val/ folder: the fraction of each class to validate on"),
+        ),
+    )  # fmt: skip
+    _add(
+        shards, "verify", shards_verify, "read every byte again and name each fault",
+        "pipeline shards verify shards/cifar10 --decode",
+        lambda p: (
+            p.add_argument("root", help="directory of the shards"),
+            p.add_argument("--decode", action="store_true", help="decode every image, too"),
+            p.add_argument("--workers", type=int, default=2, metavar="N", help="shards read at a time"),
+        ),
+    )  # fmt: skip
+    _add(
+        shards, "describe", shards_describe, "counts, classes, sizes, and a contact sheet as PNG",
+        "pipeline shards describe shards/cifar10 --sheet cifar10.png",
+        lambda p: (
+            p.add_argument("root", help="directory of the shards"),
+            p.add_argument("--split", help="of the contact sheet (default: the first)"),
+            p.add_argument("--sheet", metavar="FILE", help="where to draw it (default: NAME-SPLIT.png here)"),
+        ),
+    )  # fmt: skip
+    return parser
+
+
+def _add(verbs: argparse._SubParsersAction[argparse.ArgumentParser], name: str, verb: Callable[..., int],
+         purpose: str, example: str, arguments: Callable[[argparse.ArgumentParser], object]) -> None:  # fmt: skip
+    parser = verbs.add_parser(
+        name, help=purpose, description=purpose.capitalize() + ".", epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    arguments(parser)
+    parser.set_defaults(verb=verb)

@@ -1,0 +1,1 @@
+"""Data in the order an image travels: shards, stream, decode, augment, batch."""

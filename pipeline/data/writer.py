@@ -1,0 +1,237 @@
+"""Packing a source into shards: parallel, resumable, atomic, and the same bytes for the same input.
+
+Samples are permuted over a whole split before they are cut into shards, so that no shard is sorted
+by class. A shard is written under a temporary name and renamed; its index follows, and only a shard
+with its index counts as done. The manifest comes last.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import tarfile
+import zipfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from webdataset import TarWriter
+
+from pipeline.data.decode import image_type
+from pipeline.data.keyed_random import mixed, permutation
+from pipeline.data.shards import (
+    MANIFEST,
+    ClassName,
+    DataError,
+    Index,
+    Manifest,
+    ShardEntry,
+    file_sha256,
+    index_path,
+    payload_digest,
+    read_index,
+    read_manifest,
+    write_index,
+    write_manifest,
+)
+from pipeline.data.sources import DIGITS, Sample, Source, digits, open_source, read
+
+Progress = Callable[[int, int], None]  # images done, images in all
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One shard to be written."""
+
+    path: str
+    split: str
+    samples: list[Sample]
+    classes: list[ClassName]
+    plan: str
+
+
+def write_shards(
+    location: str,
+    root: Path,
+    *,
+    samples_per_shard: int = 1000,
+    workers: int = 1,
+    seed: int = 0,
+    holdout: float = 0.0,
+    progress: Progress = lambda done, total: None,
+) -> Manifest:
+    """Pack the source at `location` (see sources.open_source) into root; goes on where an earlier call stopped.
+
+    Raises DataError for a source that cannot be packed, or a root that holds another data set.
+    """
+    if samples_per_shard < 1:
+        raise DataError(f"--samples-per-shard {samples_per_shard} must be at least 1; 1000 is usual for photographs")
+    if root.is_file():
+        raise DataError(f"{root} is a file; give a directory for the shards")
+    source = _digits_source(root) if location == DIGITS else open_source(location, holdout)
+    try:
+        jobs = list(_jobs(source, root, samples_per_shard, seed))
+        plan = hashlib.sha256("".join(job.plan for job in jobs).encode()).hexdigest()
+        if (root / MANIFEST).exists():
+            manifest = read_manifest(root)
+            if manifest.plan == plan:
+                return manifest
+            raise DataError(f"{root} holds another data set; give an empty directory, or remove that one")
+        root.mkdir(parents=True, exist_ok=True)
+        for leftover in root.glob(".*.tmp"):
+            leftover.unlink()
+        _write_all(jobs, workers, progress)
+        return write_manifest(root, source.classes, _entries(jobs), plan)
+    finally:
+        if location == DIGITS:
+            _digits_file(root).unlink(missing_ok=True)
+
+
+def _jobs(source: Source, root: Path, samples_per_shard: int, seed: int) -> Iterator[Job]:
+    for number, (split, samples) in enumerate(sorted(source.splits.items())):
+        _check_keys(samples)
+        order = permutation(len(samples), mixed(seed, number))
+        for shard, first in enumerate(range(0, len(samples), samples_per_shard)):
+            chosen = [samples[i] for i in order[first : first + samples_per_shard]]
+            path = root / f"{split}-{shard:06d}.tar"
+            facts = [[s.name, s.label, s.length] for s in chosen]
+            content = json.dumps([path.name, facts, [[c.id, c.name] for c in source.classes]])
+            yield Job(str(path), split, chosen, source.classes, hashlib.sha256(content.encode()).hexdigest())
+
+
+def _write_all(jobs: list[Job], workers: int, progress: Progress) -> None:
+    total = sum(len(job.samples) for job in jobs)
+    waiting = [job for job in jobs if not _is_done(job)]
+    done = total - sum(len(job.samples) for job in waiting)
+    progress(done, total)
+    if workers <= 1:
+        for job in waiting:
+            done += _write_shard(job)
+            progress(done, total)
+        return
+    # spawn: the caller may hold threads, which a fork would copy in the middle of their work.
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        futures = [pool.submit(_write_shard, job) for job in waiting]
+        try:
+            for future in as_completed(futures):
+                done += future.result()
+                progress(done, total)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _is_done(job: Job) -> bool:
+    path = Path(job.path)
+    try:
+        index, _ = read_index(path)
+    except DataError:
+        return False
+    if index.plan != job.plan:
+        raise DataError(f"{path} was written from another source; give an empty directory, or remove that one")
+    return path.exists() and path.stat().st_size == index.bytes
+
+
+def _write_shard(job: Job) -> int:
+    """Write one tar and its index; returns the number of images."""
+    path = Path(job.path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    archives: dict[str, zipfile.ZipFile] = {}
+    try:
+        with temporary.open("wb") as file:
+            writer = TarWriter(file, encoder=False, mtime=0, user="pipeline", group="pipeline")
+            for sample in job.samples:
+                writer.write(_record(sample, job.classes, read(sample, archives)))
+            writer.close()
+            file.flush()
+            os.fsync(file.fileno())
+        index = index_shard(temporary, path.name, job.plan)
+        index_path(path).unlink(missing_ok=True)
+        temporary.replace(path)
+        write_index(path, index)
+    except (OSError, zipfile.BadZipFile) as error:
+        raise DataError(f"{path}: {error}; what is written stays, the same command goes on from there") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+        for archive in archives.values():
+            archive.close()
+    return len(job.samples)
+
+
+def _record(sample: Sample, classes: list[ClassName], payload: bytes) -> dict[str, str | bytes]:
+    kind = image_type(payload)
+    if kind is None:
+        raise DataError(
+            f"{sample.file if not sample.member else sample.file + ':' + sample.name} is not a JPEG, PNG or WebP "
+            "image; remove it from the source"
+        )
+    described = classes[sample.label]
+    facts = {"label": sample.label, "class": described.id, "name": described.name, "source": sample.name}
+    return {
+        "__key__": key_of(sample),
+        kind: payload,
+        "cls": str(sample.label).encode(),
+        "json": json.dumps(facts, ensure_ascii=False, sort_keys=True).encode(),
+    }
+
+
+def key_of(sample: Sample) -> str:
+    """The path in the source without its suffix. Dots go: WebDataset takes all after the first one as the suffix."""
+    return str(PurePosixPath(sample.name).with_suffix("")).replace(".", "_")
+
+
+def _check_keys(samples: list[Sample]) -> None:
+    seen: dict[str, str] = {}
+    for sample in samples:
+        key = key_of(sample)
+        if key in seen:
+            raise DataError(f"{seen[key]} and {sample.name} would both get the key {key}; rename one of them")
+        seen[key] = sample.name
+
+
+def index_shard(path: Path, name: str, plan: str = "") -> Index:
+    """Index of a tar on disk, from its own headers. name: what the shard is called. Raises DataError."""
+    columns: dict[str, list[str]] = {"key": [], "digest": []}
+    numbers: dict[str, list[int]] = {"label": [], "offset": [], "length": []}
+    with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+        for member in tar:
+            key, _, suffix = member.name.partition(".")
+            content = tar.extractfile(member)
+            if content is None:
+                continue
+            if suffix == "cls":
+                numbers["label"].append(int(content.read()))
+            elif suffix in ("jpg", "jpeg", "png", "webp"):
+                columns["key"].append(key)
+                columns["digest"].append(payload_digest(content.read()))
+                numbers["offset"].append(member.offset_data)
+                numbers["length"].append(member.size)
+    return Index(
+        shard=name, bytes=path.stat().st_size, sha256=file_sha256(path), plan=plan,
+        key=columns["key"], digest=columns["digest"], **numbers,
+    )  # fmt: skip
+
+
+def _entries(jobs: list[Job]) -> dict[str, list[ShardEntry]]:
+    splits: dict[str, list[ShardEntry]] = {}
+    for job in jobs:
+        index, checksum = read_index(Path(job.path))
+        entry = ShardEntry(Path(job.path).name, len(index), index.bytes, checksum)
+        splits.setdefault(job.split, []).append(entry)
+    return splits
+
+
+def _digits_file(root: Path) -> Path:
+    return root / f".digits.{os.getpid()}.zip"
+
+
+def _digits_source(root: Path) -> Source:
+    """The digits as a zip of class folders, which is then packed like any other."""
+    root.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(_digits_file(root), "w") as archive:
+        for split, name, label, png in digits():
+            archive.writestr(f"{split}/{label}/{name}.png", png)
+    return open_source(str(_digits_file(root)))

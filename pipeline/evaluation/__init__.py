@@ -1,0 +1,1 @@
+"""Exact evaluation: sums that merge, each image counted once."""

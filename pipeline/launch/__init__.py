@@ -1,0 +1,1 @@
+"""Starting processes. train never launches; launch never trains."""

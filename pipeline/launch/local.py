@@ -1,0 +1,103 @@
+"""Several processes of a run on this machine: started together, signalled together, ended together."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+LEAD_SECONDS = 120.0  # what ranks get to write a checkpoint after a signal
+_GRACE_SECONDS = 15.0  # what the others get to notice that one has died
+_PR_SET_PDEATHSIG = 1
+FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+
+
+def run_processes(arguments: Sequence[str], *, processes: int, threads: int, logs: Path) -> int:
+    """Run `python -m pipeline ARGUMENTS` once a rank; returns the exit status of the run.
+
+    Rank 0 keeps the terminal, the others write to logs/rank-<r>.log. SIGTERM, SIGINT and SIGUSR2 go
+    to all. When one rank fails the others are ended, and its status is the run's; 75 of any rank
+    means interrupted and resumable, if none failed otherwise.
+    """
+    logs.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "pipeline", *arguments]
+    shared = {
+        **os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes), "OMP_NUM_THREADS": str(threads),
+    }  # fmt: skip
+    ranks: list[subprocess.Popen[bytes]] = []
+    for rank in range(processes):
+        environment = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        output = None if rank == 0 else (logs / f"rank-{rank}.log").open("ab")
+        # A session of its own, so that Ctrl-C reaches a rank once, through us; it still ends if we are killed.
+        ranks.append(
+            subprocess.Popen(
+                command,
+                env=environment,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+                preexec_fn=_die_with_parent,  # noqa: PLW1509  (the launcher has one thread)
+            )
+        )
+        if output is not None:
+            output.close()
+    return _wait(ranks, logs)
+
+
+def _wait(ranks: list[subprocess.Popen[bytes]], logs: Path) -> int:
+    deadline = [float("inf")]
+
+    def forward(number: int, frame: object) -> None:
+        deadline[0] = min(deadline[0], time.monotonic() + LEAD_SECONDS)
+        for process in ranks:
+            if process.poll() is None:
+                process.send_signal(number)
+
+    previous = {number: signal.signal(number, forward) for number in FORWARDED}
+    try:
+        failed: int | None = None
+        while any(process.poll() is None for process in ranks):
+            time.sleep(0.05)
+            if failed is None:
+                failed = next((r for r, p in enumerate(ranks) if p.poll() not in (None, 0, 75)), None)
+                if failed is not None:
+                    deadline[0] = min(deadline[0], time.monotonic() + _GRACE_SECONDS)
+            if time.monotonic() > deadline[0]:
+                for process in ranks:
+                    process.kill()
+        if failed is not None:
+            status = ranks[failed].returncode
+            if failed and ranks[0].returncode in (0, 75, -signal.SIGKILL, -signal.SIGTERM):
+                print(f"rank {failed} ended with {status}; the end of {logs / f'rank-{failed}.log'}:", file=sys.stderr)
+                print(_tail(logs / f"rank-{failed}.log"), file=sys.stderr)
+            return status if status > 0 else 1
+        return max(process.returncode for process in ranks)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+        for process in ranks:
+            if process.poll() is None:
+                process.kill()
+
+
+def _tail(path: Path, lines: int = 20) -> str:
+    return "\n".join(path.read_text(errors="replace").splitlines()[-lines:])
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _die_with_parent() -> None:
+    """In the child: ask Linux for SIGTERM when the launcher is gone, so that nothing trains on unseen."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -1,0 +1,346 @@
+"""READ THIS FIRST: assembles data, model, norm, optimizer, callbacks and Trainer from a config, and runs them.
+
+`prepare` settles what the data decides, once, where the user typed. `train` and `evaluate` are what
+every process of a run executes; the world says which one it is.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import warnings
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
+from rich.console import Console
+from rich.table import Table
+
+from pipeline import models
+from pipeline.callbacks.journal import Journal
+from pipeline.callbacks.ledger import Ledger
+from pipeline.callbacks.population import Population
+from pipeline.callbacks.preemption import Preemption
+from pipeline.callbacks.progress import ProgressReport
+from pipeline.callbacks.throughput import Throughput
+from pipeline.callbacks.tracking import Reporter, Tracking, WandbPlace, WandbReporter
+from pipeline.config import Config, ConfigError, completed
+from pipeline.data.augment import Augmentation, CentreCrop
+from pipeline.data.batch import micro_batches
+from pipeline.data.datamodule import Batching, ImageData
+from pipeline.data.shards import DataError, read_manifest
+from pipeline.data.writer import write_shards
+from pipeline.evaluation.metrics import Scores
+from pipeline.launch.environment import LaunchedEnvironment
+from pipeline.launch.plan import read_record
+from pipeline.models.registry import MODELS
+from pipeline.norm import SyncBatchNorm, convert
+from pipeline.training.checkpoint import AtomicCheckpointIO, Checkpoints, newest
+from pipeline.training.classifier import Classifier
+from pipeline.training.loss import Loss
+from pipeline.training.schedule import Schedule
+from pipeline.world import World
+
+PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed", "64": "64-true"}
+
+
+def prepare(config: Config, console: Console) -> Config:
+    """The config with what its data set decides: packed on first use, classes counted. Raises DataError."""
+    root = Path(config.data.root)
+    if config.data.source and not root.exists():
+        console.print(f"packing {config.data.source} into {root}", highlight=False)
+        write_shards(config.data.source, root)
+    manifest = read_manifest(root)
+    classes = config.data.num_classes or len(manifest.classes)
+    if config.data.digest and config.data.digest != manifest.digest:
+        raise DataError(f"data.root = {root} holds another data set than this run began with; bring the first one back")
+    for split in ("train", "val"):
+        if split not in manifest.splits:
+            raise DataError(f"data.root = {root} has no split {split!r}; write it again from a source with {split}/, "
+                            "or with --holdout 0.1")  # fmt: skip
+    if config.data.global_batch_size > manifest.count("train"):
+        raise ConfigError(
+            f"data.global_batch_size = {config.data.global_batch_size} exceeds the {manifest.count('train')} training "
+            "images; lower it"
+        )
+    return completed(config, data={"num_classes": classes, "digest": manifest.digest})
+
+
+@dataclass(frozen=True, slots=True)
+class Assembly:
+    """Everything a process trains or evaluates with."""
+
+    config: Config
+    world: World
+    data: ImageData
+    classifier: Classifier
+    throughput: Throughput
+    checkpoints: Checkpoints
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        limits = [self.config.trainer.max_steps, self.config.trainer.max_epochs * self.data.train_loader.steps]
+        return min(limit for limit in limits if limit >= 0)
+
+
+def assemble(config: Config, world: World) -> Assembly:
+    """Build a run's parts for one process. The initial weights depend on the seed alone."""
+    torch.set_num_threads(config.trainer.threads or 1)
+    lightning.seed_everything(config.seed, verbose=False)
+    data = build_data(config, world)
+    classifier = Classifier(
+        build_model(config),
+        loss=Loss(config.loss.label_smoothing, config.loss.auxiliary_weight),
+        schedule=build_schedule(config, images=len(data.train_loader.images.split)),
+        momentum=config.optimizer.momentum,
+        weight_decay=config.optimizer.weight_decay,
+        mean=config.data.mean,
+        std=config.data.std,
+        world=world.size,
+        pieces=data.batching.pieces,
+    )
+    checkpoints = Checkpoints(
+        config.directory / "checkpoints",
+        every_steps=config.trainer.checkpoint_every_steps,
+        keep=config.trainer.keep_checkpoints,
+    )
+    return Assembly(config, world, data, classifier, Throughput(config.data.global_batch_size), checkpoints)
+
+
+def build_data(config: Config, world: World) -> ImageData:
+    return ImageData(
+        Path(config.data.root),
+        num_classes=config.data.num_classes,
+        augment=Augmentation(
+            config.data.image_size, config.augment.area_min, config.augment.flip, config.augment.photometric
+        ),
+        crop=CentreCrop(config.data.image_size, config.data.evaluation_crop),
+        batching=Batching(
+            global_batch_size=config.data.global_batch_size,
+            micro_batch_size=config.data.micro_batch_size,
+            world=world.size,
+            rank=world.rank,
+            seed=config.seed,
+            window=config.data.window,
+            workers=config.cluster.workers,
+        ),
+    )
+
+
+def build_model(config: Config) -> torch.nn.Module:
+    """The network with its norms: ours are handed a factory, torchvision's are converted."""
+    model, norm = config.model, config.norm
+    options: dict[str, Any] = {} if model.dropout is None else {"dropout": model.dropout}
+    if model.name in MODELS:
+        factory = partial(SyncBatchNorm, group_size=norm.group_size, momentum=norm.momentum, eps=norm.eps)
+        return models.build(
+            model.name, num_classes=config.data.num_classes, norm=factory, width=model.width, stem=model.stem,
+            activation=model.activation, response_norm=model.response_norm, auxiliary_head=model.auxiliary_head,
+            literal_fig5=model.literal_fig5, initial_gain=model.initial_gain, **options,
+        )  # fmt: skip
+    try:
+        network = models.build(model.name, num_classes=config.data.num_classes, **options)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    return convert(network, group_size=norm.group_size)
+
+
+def build_schedule(config: Config, *, images: int) -> Schedule:
+    return Schedule(
+        rate=config.optimizer.rate,
+        rate_batch_size=config.optimizer.rate_batch_size,
+        global_batch_size=config.data.global_batch_size,
+        images=images,
+        decay_factor=config.schedule.decay_factor,
+        decay_epochs=config.schedule.decay_epochs,
+        warmup_epochs=config.schedule.warmup_epochs,
+    )
+
+
+def build_trainer(assembly: Assembly, callbacks: list[lightning.Callback]) -> lightning.Trainer:
+    config, world = assembly.config, assembly.world
+    if config.trainer.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    # Advice about a worker count, a missing logger or a loader that Lightning cannot inspect does not apply to ours.
+    warnings.filterwarnings("ignore", module="lightning")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    trainer = config.trainer
+    return lightning.Trainer(
+        accelerator=_accelerator(config),
+        devices=world.local_size if world.size > 1 else 1,
+        num_nodes=config.cluster.nodes,
+        strategy=build_strategy(config, world),
+        precision=PRECISIONS[trainer.precision],  # type: ignore[arg-type]
+        max_epochs=trainer.max_epochs,
+        max_steps=trainer.max_steps,
+        accumulate_grad_batches=assembly.data.batching.pieces,
+        check_val_every_n_epoch=trainer.validate_every_epochs or max(trainer.max_epochs, 1),
+        deterministic=trainer.deterministic,
+        callbacks=callbacks,
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+        inference_mode=False,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+
+
+def build_strategy(config: Config, world: World) -> Strategy:
+    cuda = _accelerator(config) == "cuda"
+    device = torch.device("cuda", world.local_rank % torch.cuda.device_count()) if cuda else torch.device("cpu")
+    if world.size == 1:
+        return SingleDeviceStrategy(device, checkpoint_io=AtomicCheckpointIO())
+    one_device_each = cuda and world.local_size <= torch.cuda.device_count()
+    return DDPStrategy(
+        parallel_devices=[torch.device("cuda", i % torch.cuda.device_count()) if cuda else torch.device("cpu")
+                          for i in range(world.local_size)],
+        cluster_environment=LaunchedEnvironment(world),
+        checkpoint_io=AtomicCheckpointIO(),
+        process_group_backend="nccl" if one_device_each else "gloo",  # NCCL refuses two ranks on one device
+        timeout=timedelta(minutes=config.cluster.timeout_minutes),
+        broadcast_buffers=False,  # synchronized statistics are the same on all ranks already
+        gradient_as_bucket_view=True,
+    )  # fmt: skip
+
+
+def train(config: Config, world: World, console: Console) -> Scores | None:
+    """Train to the end, from the newest checkpoint if there is one. Raises InterruptedRunError, DataError."""
+    run = assemble(config, world)
+    record = read_record(config.directory)
+    start = newest(run.checkpoints.directory)
+    progress = ProgressReport(console, steps=run.steps)
+    reporters: list[Reporter] = []
+    if world.leads:
+        _announce(run, start, console)
+        reporters = _reporters(run, start, progress, record.wandb_id, console)
+    tracking = Tracking(
+        run.throughput,
+        every_steps=config.tracking.every_steps,
+        global_batch_size=config.data.global_batch_size,
+        images=run.classifier.schedule.images,
+        reporters=reporters,
+    )
+    callbacks = [run.throughput, Population(run.data.train_loader, config.norm.precise_images), tracking]
+    callbacks += [progress] if world.leads else []
+    if config.ledger:
+        callbacks.append(Ledger(config.directory / "ledger", rank=world.rank, keys=run.data.keys))
+    callbacks += [run.checkpoints, Preemption(run.checkpoints)]
+    trainer = build_trainer(run, callbacks)
+    try:
+        trainer.fit(run.classifier, datamodule=run.data, ckpt_path=start, weights_only=True)
+        if tracking.validated_step != trainer.global_step:
+            trainer.validate(run.classifier, datamodule=run.data, verbose=False)
+    finally:
+        for reporter in reporters:
+            reporter.close()
+    if world.leads:
+        _summarize(run, console)
+    return run.classifier.scores
+
+
+def evaluate(config: Config, world: World, console: Console, *, checkpoint: Path) -> Scores:
+    """Scores of a checkpoint on the validation images, each counted once, with population statistics."""
+    run = assemble(config, world)
+    state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    run.classifier.load_state_dict(state["state_dict"])
+    population = Population(run.data.train_loader, config.norm.precise_images)
+    trainer = build_trainer(run, [population])
+    trainer.validate(run.classifier, datamodule=run.data, verbose=False)
+    scores = run.classifier.scores
+    assert scores is not None
+    if world.leads:
+        result = {"checkpoint": checkpoint.name, "step": state["global_step"], **asdict(scores)}
+        (config.directory / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
+        console.print(_table(f"evaluation of {config.run.id}", {
+            "checkpoint": f"{checkpoint.name} (step {state['global_step']})",
+            "images": f"{scores.images:,}", "top-1": f"{scores.top1:.2%}", "top-5": f"{scores.top5:.2%}",
+            "loss": f"{scores.loss:.4f}", "statistics": _statistics(config),
+        }))  # fmt: skip
+    return scores
+
+
+def _accelerator(config: Config) -> str:
+    if config.cluster.accelerator == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if config.cluster.accelerator == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("cluster.accelerator = 'cuda', but torch finds no CUDA device; use auto or cpu")
+    return config.cluster.accelerator
+
+
+def _reporters(
+    run: Assembly, start: Path | None, progress: ProgressReport, wandb_id: str, console: Console
+) -> list[Reporter]:
+    config = run.config
+    step = int(start.stem.partition("-")[2]) if start else 0
+    reporters: list[Reporter] = [progress, Journal(config.directory / "metrics.csv", from_step=step)]
+    if config.tracking.mode != "disabled":
+        place = WandbPlace(
+            id=wandb_id, name=config.run.id, project=config.tracking.project, entity=config.tracking.entity,
+            group=config.tracking.group, tags=config.tracking.tags,
+        )  # fmt: skip
+        tracker = WandbReporter(place, directory=config.directory, mode=config.tracking.mode, config=asdict(config))
+        where = f"upload with: wandb sync {config.directory}/wandb/offline-run-*" if "offline" in tracker.mode else ""
+        console.print(f"W&B {tracker.mode}, run {wandb_id}  {where}", highlight=False, soft_wrap=True)
+        reporters.append(tracker)
+    return reporters
+
+
+def _announce(run: Assembly, start: Path | None, console: Console) -> None:
+    config, loader = run.config, run.data.train_loader
+    pieces = run.data.batching.pieces
+    parameters = sum(p.numel() for p in run.classifier.model.parameters())
+    console.print(
+        f"{config.run.id}: {config.model.name}, {parameters:,} parameters, {run.world.size} "
+        f"{'process' if run.world.size == 1 else 'processes'}; {run.steps:,} steps of {config.data.global_batch_size} "
+        f"images, rate {run.classifier.schedule.scaled_rate:g}",
+        highlight=False, soft_wrap=True,
+    )  # fmt: skip
+    if loader.dropped:
+        console.print(f"each epoch leaves out {loader.dropped} of {len(loader.images.split):,} images (another "
+                      "selection each time), so that every step is a whole global batch",
+                      highlight=False, soft_wrap=True)  # fmt: skip
+    if pieces > 1:
+        micro = micro_batch_images(config, run.world.size)
+        console.print(f"gradients accumulate over {pieces} micro-batches a step; batch statistics are those of a "
+                      f"micro-batch, {micro} images over all ranks", highlight=False, soft_wrap=True)  # fmt: skip
+    if start:
+        console.print(f"going on from {start}", highlight=False, soft_wrap=True)
+
+
+def micro_batch_images(config: Config, world: int) -> int:
+    """Images, over all ranks, whose statistics are taken together."""
+    pieces = micro_batches(config.data.global_batch_size, world, config.data.micro_batch_size)
+    return -(-config.data.global_batch_size // pieces)
+
+
+def _summarize(run: Assembly, console: Console) -> None:
+    config, scores = run.config, run.classifier.scores
+    elapsed = run.throughput.elapsed()
+    facts = {"steps": f"{run.steps:,}", "time": f"{elapsed / 60:.1f} min"}
+    if scores is not None:
+        facts |= {"validation top-1": f"{scores.top1:.2%}", "validation top-5": f"{scores.top5:.2%}",
+                  "validation loss": f"{scores.loss:.4f}", "images": f"{scores.images:,}",
+                  "statistics": _statistics(config)}  # fmt: skip
+    facts["run directory"] = str(config.directory)
+    console.print(_table(config.run.id, facts))
+
+
+def _statistics(config: Config) -> str:
+    images = config.norm.precise_images
+    return f"population, {images:,} training images at most" if images else "running averages"
+
+
+def _table(title: str, facts: dict[str, Any]) -> Table:
+    table = Table(title=title, show_header=False, title_justify="left")
+    for name, value in facts.items():
+        table.add_row(name, str(value))
+    return table

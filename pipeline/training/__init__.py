@@ -1,0 +1,1 @@
+"""The optimizer step: loss, optimizer, schedule, Lightning module, checkpoints."""

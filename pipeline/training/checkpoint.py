@@ -1,0 +1,101 @@
+"""Checkpoints: whole or absent on disk, loaded without running code, the newest few and the best kept."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+
+from pipeline.training.classifier import Classifier
+
+BEST = "best.ckpt"
+_NAME = re.compile(r"step-(\d{8})\.ckpt")
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes to a temporary file, flushes it to disk and renames it; loads tensors and plain values only."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        final = Path(path)
+        temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
+        try:
+            with temporary.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(final)
+            directory = os.open(final.parent, os.O_RDONLY)
+            try:
+                os.fsync(directory)  # the rename itself
+            finally:
+                os.close(directory)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def load_checkpoint(
+        self, path: Any, map_location: Any | None = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        checkpoint: dict[str, Any] = torch.load(path, map_location=map_location or "cpu", weights_only=True)
+        return checkpoint
+
+
+class Checkpoints(lightning.Callback):
+    """Saves every `every_steps` optimizer steps (0 = never) and at each epoch's end; keeps `keep` and the best."""
+
+    def __init__(self, directory: Path, *, every_steps: int, keep: int):
+        self.directory, self.every_steps, self.keep = directory, every_steps, keep
+        self.best_top1 = -1.0
+        self._saved_step = 0
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        # Only here, between two optimizer steps, is the loader's position exact.
+        step = trainer.global_step
+        if self.every_steps and step % self.every_steps == 0 and step != self._saved_step:
+            self.save(trainer)
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        assert isinstance(pl_module, Classifier)
+        scores, self_best = pl_module.scores, False
+        if scores is not None and scores.top1 > self.best_top1:
+            self.best_top1, self_best = scores.top1, True
+        path = self.save(trainer)
+        if self_best and trainer.is_global_zero:
+            copy = self.directory / f".{BEST}.{os.getpid()}.tmp"
+            shutil.copyfile(path, copy)
+            copy.replace(self.directory / BEST)
+
+    def state_dict(self) -> dict[str, float]:
+        return {"best_top1": self.best_top1}
+
+    def load_state_dict(self, state_dict: dict[str, float]) -> None:
+        self.best_top1 = state_dict["best_top1"]
+
+    def save(self, trainer: lightning.Trainer) -> Path:
+        """Write a checkpoint of this step, and remove those beyond `keep`. Every rank must call it."""
+        path = self.directory / f"step-{trainer.global_step:08d}.ckpt"
+        self.directory.mkdir(parents=True, exist_ok=True)
+        trainer.save_checkpoint(path)
+        self._saved_step = trainer.global_step
+        if trainer.is_global_zero:
+            for old in checkpoints(self.directory)[: -self.keep]:
+                old.unlink(missing_ok=True)
+        return path
+
+
+def checkpoints(directory: Path) -> list[Path]:
+    """A run's numbered checkpoints, oldest first."""
+    return sorted(path for path in directory.glob("step-*.ckpt") if _NAME.fullmatch(path.name))
+
+
+def newest(directory: Path) -> Path | None:
+    """The checkpoint to continue from, or None."""
+    found = checkpoints(directory)
+    return found[-1] if found else None

@@ -1,0 +1,98 @@
+"""The Lightning module: what a step and a validation are, with no device, rank or format in sight.
+
+Legend: N images, K classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import lightning
+import torch
+from torch import Tensor, nn
+
+from pipeline.data.batch import Batch
+from pipeline.evaluation.metrics import Scores, Sums
+from pipeline.models.blocks import set_sample_keys
+from pipeline.models.inception import Logits
+from pipeline.training.loss import Loss, share_of_global_mean
+from pipeline.training.optimizer import build_optimizer
+from pipeline.training.schedule import Schedule
+
+
+class Classifier(lightning.LightningModule):
+    """A model, its loss, and its optimizer on a schedule. mean, std: of pixels in 0..1, per colour."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        loss: Loss,
+        schedule: Schedule,
+        momentum: float,
+        weight_decay: float,
+        mean: Sequence[float],
+        std: Sequence[float],
+        world: int,
+        pieces: int,
+        channels_last: bool = True,
+    ):
+        super().__init__()
+        memory = torch.channels_last if channels_last else torch.contiguous_format
+        self.model = model.to(memory_format=memory)
+        self.loss, self.schedule = loss, schedule
+        self.momentum, self.weight_decay, self.world, self.pieces = momentum, weight_decay, world, pieces
+        self.register_buffer("mean_C11", torch.tensor(mean, dtype=torch.float64).view(3, 1, 1), persistent=False)
+        self.register_buffer("std_C11", torch.tensor(std, dtype=torch.float64).view(3, 1, 1), persistent=False)
+        self.mean_C11: Tensor
+        self.std_C11: Tensor
+        self.step_sums: Sums | None = None  # of this rank, since the last report
+        self.validation_sums: Sums | None = None
+        self.scores: Scores | None = None  # of the last validation
+
+    def forward(self, batch: Batch) -> Logits:
+        dtype = next(self.model.parameters()).dtype
+        scale_C11, offset_C11 = 1 / (255 * self.std_C11), self.mean_C11 / self.std_C11
+        image_NCHW = batch.image_NCHW.to(dtype) * scale_C11.to(dtype) - offset_C11.to(dtype)
+        set_sample_keys(self.model, batch.key_N)
+        output = self.model(image_NCHW)
+        return output if isinstance(output, Logits) else Logits(output)
+
+    def training_step(self, batch: Batch, number: int) -> Tensor:
+        logits_NK, auxiliary_NK = self(batch)
+        loss_N = self.loss.per_image(logits_NK, auxiliary_NK, batch.label_N)
+        self._training_sums().add(loss_N, logits_NK, batch.label_N, batch.weight_N)
+        return share_of_global_mean(loss_N, self.schedule.global_batch_size, self.world, self.pieces)
+
+    def on_validation_epoch_start(self) -> None:
+        self.validation_sums = Sums(self.device)
+
+    def validation_step(self, batch: Batch, number: int) -> None:
+        logits_NK = self(batch).main_NK
+        loss_N = self.loss.per_image(logits_NK, None, batch.label_N)
+        assert self.validation_sums is not None
+        self.validation_sums.add(loss_N, logits_NK, batch.label_N, batch.weight_N)
+
+    def on_validation_epoch_end(self) -> None:
+        assert self.validation_sums is not None
+        self.scores = self.validation_sums.merged()
+
+    def configure_optimizers(self) -> Any:
+        optimizer = build_optimizer(
+            self.model, rate=1.0, momentum=self.momentum, weight_decay=self.weight_decay
+        )  # LambdaLR multiplies: with a base of 1 the schedule gives the rate itself
+        # A function, not the object: the scheduler would save the object's __dict__ with its own state.
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.schedule(step))  # noqa: PLW0108
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def taken_training_scores(self) -> Scores:
+        """Scores of the images trained on since the last call. A collective."""
+        scores = self._training_sums().merged()
+        self._training_sums().reset()
+        return scores
+
+    def _training_sums(self) -> Sums:
+        if self.step_sums is None:
+            self.step_sums = Sums(self.device)
+        return self.step_sums
