@@ -179,7 +179,8 @@ def _ilsvrc(root: Path) -> Source:
     splits = {"train": sorted(train, key=lambda s: s.name)}
     if val_tar.exists():
         truth = _devkit_member(root, "ILSVRC2012_validation_ground_truth.txt").decode().split()
-        members = sorted(_members(val_tar.open("rb"), val_tar), key=lambda m: m[0])
+        with val_tar.open("rb") as file:
+            members = sorted(_members(file, val_tar), key=lambda m: m[0])
         if len(members) != len(truth):
             raise DataError(f"{val_tar}: {len(members)} images, but the devkit has {len(truth)} labels; fetch it again")
         splits["val"] = [
@@ -251,7 +252,7 @@ def _members(file: io.BufferedIOBase | io.BufferedReader, where: Path) -> Iterat
 def _nested_members(path: Path, wnids: Iterable[str]) -> Iterator[tuple[str, str, int, int]]:
     known = set(wnids)
     with path.open("rb") as file:
-        for class_tar, start, length in list(_members(path.open("rb"), path)):
+        for class_tar, start, length in list(_members(file, path)):
             wnid = PurePosixPath(class_tar).stem
             if wnid not in known:
                 raise DataError(f"{path}: {class_tar} is of no class that the devkit names; fetch both again")

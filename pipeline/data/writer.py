@@ -142,10 +142,9 @@ def _write_shard(job: Job) -> int:
     archives: dict[str, zipfile.ZipFile] = {}
     try:
         with temporary.open("wb") as file:
-            writer = TarWriter(file, encoder=False, mtime=0, user="pipeline", group="pipeline")
-            for sample in job.samples:
-                writer.write(_record(sample, job.classes, read(sample, archives)))
-            writer.close()
+            with TarWriter(file, encoder=False, mtime=0, user="pipeline", group="pipeline") as writer:
+                for sample in job.samples:
+                    writer.write(_record(sample, job.classes, read(sample, archives)))
             file.flush()
             os.fsync(file.fileno())
         index = index_shard(temporary, path.name, job.plan)

@@ -6,19 +6,34 @@ Legend: N images, K classes.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import lightning
 import torch
 from torch import Tensor, nn
 
-from pipeline.data.batch import Batch
 from pipeline.evaluation.metrics import Scores, Sums
 from pipeline.models.blocks import set_sample_keys
 from pipeline.models.inception import Logits
 from pipeline.training.loss import Loss, share_of_global_mean
 from pipeline.training.optimizer import build_optimizer
 from pipeline.training.schedule import Schedule
+
+
+class Batch(Protocol):
+    """What a step reads of a batch; data/batch.py makes them."""
+
+    @property
+    def image_NCHW(self) -> Tensor: ...  # uint8
+
+    @property
+    def label_N(self) -> Tensor: ...
+
+    @property
+    def key_N(self) -> Tensor: ...  # int64, one for each image and epoch
+
+    @property
+    def weight_N(self) -> Tensor: ...  # 1 for an image, 0 for padding
 
 
 class Classifier(lightning.LightningModule):

@@ -31,5 +31,5 @@ def test_options_of_our_networks_are_refused_for_torchvision():
 
 
 def test_an_unknown_stem_is_refused():
-    with pytest.raises(ValueError, match="model.stem = 'tiny' is not a stem"):
+    with pytest.raises(ValueError, match=r"model\.stem = 'tiny' is not a stem"):
         models.build("bn_inception", num_classes=2, norm=nn.BatchNorm2d, stem="tiny")

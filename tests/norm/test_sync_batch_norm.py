@@ -42,7 +42,7 @@ def test_it_takes_any_number_of_trailing_dimensions(shape):
     reduced = [d for d in range(x.dim()) if d != 1]
     torch.testing.assert_close(y.mean(reduced), torch.zeros(4).double(), rtol=0, atol=1e-12)
     torch.testing.assert_close(y.square().mean(reduced), torch.ones(4).double(), rtol=1e-12, atol=0)
-    assert torch.autograd.gradcheck(lambda v: SyncBatchNorm(4).double()(v), (x,))
+    assert torch.autograd.gradcheck(SyncBatchNorm(4).double(), (x,))
 
 
 def rank_of_split(rank, world, sizes, group_size):
@@ -250,7 +250,7 @@ def test_convert_keeps_every_kind_flag_and_shared_layer():
 
 
 def test_revert_refuses_a_fused_activation():
-    with pytest.raises(ValueError, match="which nn.BatchNorm2d lacks"):
+    with pytest.raises(ValueError, match=r"which nn\.BatchNorm2d lacks"):
         revert(nn.Sequential(SyncBatchNorm(3, activation="relu")))
 
 

@@ -1,0 +1,157 @@
+from dataclasses import asdict, fields, is_dataclass
+
+import pytest
+
+from pipeline.config import (
+    CONF,
+    Config,
+    ConfigError,
+    completed,
+    compose_config,
+    differences,
+    read_config,
+    to_yaml,
+)
+
+RECIPES = sorted(path.stem for path in (CONF / "recipe").glob("*.yaml"))
+DATA = sorted(path.stem for path in (CONF / "data").glob("*.yaml"))
+
+
+def refused(*overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        compose_config(overrides)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("data", DATA)
+def test_every_recipe_composes_with_every_data_set(recipe, data):
+    config = compose_config([f"recipe={recipe}", f"data={data}"])
+    assert (config.run.recipe, config.run.data, config.run.cluster) == (recipe, data, "local")
+
+
+def test_every_file_of_the_axes_is_a_page_with_its_command():
+    assert set(RECIPES) == {"inception", "bn_baseline", "bn_x5", "bn_x30", "bn_x5_sigmoid", "smoke"}
+    assert set(DATA) == {"digits", "cifar10", "mnist", "imagenet", "folder"}
+    for recipe in RECIPES:
+        page = (CONF / "recipe" / f"{recipe}.yaml").read_text()
+        assert f"recipe={recipe} " in page
+        assert "Expected:" in page
+
+
+def test_recipes_carry_the_papers_values():
+    values = {name: compose_config([f"recipe={name}", "data=imagenet"]) for name in RECIPES}
+    rates = {name: c.optimizer.rate for name, c in values.items()}
+    assert rates == {
+        "inception": 0.0015, "bn_baseline": 0.0015, "bn_x5": 0.0075, "bn_x30": 0.045, "bn_x5_sigmoid": 0.0075,
+        "smoke": 0.0075,
+    }  # fmt: skip
+    baseline = values["bn_baseline"]
+    for name in ("bn_x5", "bn_x30", "bn_x5_sigmoid"):
+        faster = values[name]
+        assert baseline.schedule.decay_epochs / faster.schedule.decay_epochs == pytest.approx(6)
+        assert baseline.optimizer.weight_decay / faster.optimizer.weight_decay == pytest.approx(5)
+        assert (faster.model.dropout, faster.model.response_norm, faster.augment.photometric) == (0.0, False, "reduced")
+    for name in ("inception", "bn_baseline"):
+        plain = values[name]
+        assert (plain.model.dropout, plain.model.response_norm, plain.augment.photometric) == (0.4, True, "full")
+    assert values["inception"].model.name == "inception"
+    assert values["bn_x5_sigmoid"].model.activation == "sigmoid"
+    assert all(c.optimizer.rate_batch_size == 32 for c in values.values())
+
+
+def test_cifar10_changes_nothing_of_a_recipe_but_what_its_page_states():
+    plain, cifar = (asdict(compose_config(["recipe=bn_x5", f"data={data}"])) for data in ("imagenet", "cifar10"))
+    changed = {
+        f"{section}.{key}"
+        for section in ("model", "norm", "augment", "optimizer", "schedule", "loss", "trainer")
+        for key in plain[section]
+        if plain[section][key] != cifar[section][key]
+    }
+    assert changed == {"model.stem", "model.width", "trainer.max_epochs", "trainer.validate_every_epochs"}
+
+
+def test_config_survives_its_file(tmp_path):
+    config = compose_config(["recipe=bn_x30", "data=cifar10", "tracking.tags=[a,b]", "model.dropout=0.1", "seed=3"])
+    path = tmp_path / "config.yaml"
+    path.write_text(to_yaml(config))
+    assert read_config(path) == config
+    assert read_config(path, ["trainer.max_steps=5"]).trainer.max_steps == 5
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("trainer.max_epoch=3", ["trainer.max_epoch is not a key", "did you mean trainer.max_epochs?"]),
+        ("rate=3", ["did you mean optimizer.rate?"]),
+        ("recipe=bnx5", ["recipe = 'bnx5' is not offered", "did you mean bn_x5?", "choose one of"]),
+        ("seed=abc", ["seed = 'abc' has the wrong type; it must be a whole number"]),
+        ("seed=1.5", ["seed = 1.5 has the wrong type; it must be a whole number"]),
+        ("data.mean=[a,b,c]", ["data.mean = ['a', 'b', 'c'] has the wrong type; it must be a list of numbers"]),
+        ("data.mean=[1,2]", ["data.mean", "three numbers"]),
+        ("tracking.tags=x", ["tracking.tags = 'x'", "a list"]),
+        ("model.dropout=2", ["model.dropout = 2.0 must lie between 0 and 0.999"]),
+        ("model.stem=tiny", ["model.stem = 'tiny' is not offered; choose one of ['separable', 'dense', 'small']"]),
+        ("trainer.precision=16", ["trainer.precision = '16' is not offered"]),
+        ("data.global_batch_size=0", ["data.global_batch_size = 0 is too small; it must be at least 1"]),
+        ("optimizer.rate=-1", ["optimizer.rate = -1.0 must be positive"]),
+        ("epochs", ["'epochs' is not key=value; for example trainer.max_epochs=10"]),
+        ("run.id=a=b", ["'run.id=a=b' cannot be read; put quotes around the value"]),
+        ("run.id=../x", ["run.id = '../x' is a path; give a name"]),
+        ("model=3", ["model is not a key"]),
+    ],
+)
+def test_a_wrong_override_is_one_line_with_field_value_rule_and_way_out(override, parts):
+    message = refused(override)
+    assert all(part in message for part in parts), message
+
+
+def test_a_group_size_that_does_not_divide_is_refused_where_the_user_types():
+    assert refused("norm.group_size=3", "cluster.devices=8") == (
+        "norm.group_size = 3 does not divide the world of 8 ranks; choose one of [1, 2, 4, 8], or 0 for all"
+    )
+
+
+def test_a_run_needs_an_end():
+    assert "the run would not end" in refused("trainer.max_epochs=-1")
+
+
+def test_identity_and_circumstance_are_told_apart():
+    old = compose_config(["recipe=bn_x5", "data=digits"])
+    elsewhere = compose_config(
+        ["cluster.devices=4", "cluster.workers=2", "trainer.max_epochs=99", "tracking.mode=disabled", "ledger=true",
+         "data.micro_batch_size=4", "run.dir=/elsewhere", "data.root=/other"]
+    )  # fmt: skip
+    assert differences(elsewhere, old) == []
+    other = differences(compose_config(["seed=1", "optimizer.rate=0.1", "data.global_batch_size=64"]), old)
+    assert other == [
+        "seed = 1, the run has 0",
+        "data.global_batch_size = 64, the run has 32",
+        "optimizer.rate = 0.1, the run has 0.0075",
+    ]
+    settled = completed(old, data={"digest": "abc", "num_classes": 10}, trainer={"threads": 2})
+    assert differences(old, settled) == []
+    assert differences(completed(settled, data={"digest": "xyz"}), settled)
+
+
+def test_a_broken_config_file_is_named(tmp_path):
+    path = tmp_path / "config.yaml"
+    for text, message in (("a: [", "config.yaml: "), ("schema: 9", "schema = 9, this version reads 1"), ("", "schema")):
+        path.write_text(text)
+        with pytest.raises(ConfigError, match=message):
+            read_config(path)
+    with pytest.raises(ConfigError, match=r"No such file or directory; give the config\.yaml of a run"):
+        read_config(tmp_path / "nowhere.yaml")
+    path.write_text(to_yaml(Config()) + "extra: 1\n")
+    with pytest.raises(ConfigError, match="extra is not a key"):
+        read_config(path)
+
+
+def test_every_section_is_frozen_and_documented():
+    for section in fields(Config):
+        value = getattr(Config(), section.name)
+        if is_dataclass(value):
+            assert type(value).__doc__
+            assert type(value).__dataclass_params__.frozen
