@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from pipeline.config import Config
+    from pipeline.world import World
 
 DONE, FAILED, USAGE, BAD_DATA, RESUMABLE = 0, 1, 2, 3, 75
 
@@ -32,14 +33,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def train(options: argparse.Namespace) -> int:
-    from rich.console import Console
-
     from pipeline.config import compose_config, read_config, to_yaml
     from pipeline.world import World
 
-    console = Console()
     if World.is_launched():  # one process of several: the config is frozen
-        return _train_here(read_config(Path(options.config[0])))
+        return _train_here(read_config(_frozen(options.config)))
     files = [word for word in options.config if word.endswith((".yaml", ".yml")) and "=" not in word]
     overrides = [word for word in options.config if word not in files]
     config = read_config(Path(files[0]), overrides) if files else compose_config(overrides)
@@ -48,7 +46,7 @@ def train(options: argparse.Namespace) -> int:
         return DONE
     from pipeline.launch.plan import CONFIG, open_run
 
-    config = open_run(_prepared(config, console))
+    config = open_run(settled(config))
     if config.world == 1:
         return _train_here(config)
     return _launch_here(config, ["train", str(config.directory / CONFIG)])
@@ -66,13 +64,16 @@ def evaluate(options: argparse.Namespace) -> int:
         raise ConfigError(f"{directory} is no run: it holds no {CONFIG}; give a directory like runs/NAME")
     config = read_config(directory / CONFIG, options.overrides)
     config = completed(config, run={"dir": str(directory.parent), "id": directory.name})
+    config = settled(config)
     checkpoint = _checkpoint(directory, options.checkpoint)
     if config.world > 1 and not World.is_launched():
         words = ["evaluate", str(directory), "--checkpoint", str(checkpoint), *options.overrides]
         return _launch_here(config, words)
     from pipeline import run
 
-    run.evaluate(config, World.from_environment(), Console(), checkpoint=checkpoint)
+    world = World.from_environment()
+    _agree(config, world)
+    run.evaluate(config, world, Console(quiet=not world.leads), checkpoint=checkpoint)
     return DONE
 
 
@@ -135,14 +136,25 @@ def shards_describe(options: argparse.Namespace) -> int:
     return DONE
 
 
-def _prepared(config: Config, console: object) -> Config:
-    """What the data decides, without importing torch where several processes will import it anyway."""
-    from rich.console import Console
+def settled(config: Config) -> Config:
+    """The config with what its data set decides: packed on first use, classes counted, digest noted."""
+    from pipeline.config import ConfigError, completed
+    from pipeline.data.preparation import ready_data
+    from pipeline.data.shards import DataError
 
-    from pipeline import run
-
-    assert isinstance(console, Console)
-    return run.prepare(config, console)
+    data = config.data
+    manifest = ready_data(Path(data.root), source=data.source)
+    if data.digest and data.digest != manifest.digest:
+        raise DataError(
+            f"data.root = {data.root} holds another data set than this run began with; bring the first one back"
+        )
+    if data.global_batch_size > manifest.count("train"):
+        raise ConfigError(
+            f"data.global_batch_size = {data.global_batch_size} exceeds the {manifest.count('train')} training images; "
+            "lower it"
+        )
+    classes = data.num_classes or len(manifest.classes)
+    return completed(config, data={"num_classes": classes, "digest": manifest.digest})
 
 
 def _train_here(config: Config) -> int:
@@ -153,6 +165,7 @@ def _train_here(config: Config) -> int:
     from pipeline.world import World
 
     world = World.from_environment()
+    _agree(config, world)
     try:
         run.train(config, world, Console(quiet=not world.leads))
     except InterruptedRunError as interruption:
@@ -162,6 +175,28 @@ def _train_here(config: Config) -> int:
             )
         return RESUMABLE
     return DONE
+
+
+def _frozen(words: list[str]) -> Path:
+    from pipeline.config import ConfigError
+
+    if len(words) != 1 or not words[0].endswith((".yaml", ".yml")):
+        raise ConfigError(
+            f"a process started by a launcher (RANK is set) takes the frozen config alone, "
+            f"not {' '.join(words) or 'none'}; give RUN/config.yaml, or unset RANK"
+        )
+    return Path(words[0])
+
+
+def _agree(config: Config, world: World) -> None:
+    """What the launcher started is what was asked for, or nothing starts."""
+    from pipeline.config import ConfigError
+
+    if world.size != config.world:
+        raise ConfigError(
+            f"cluster.nodes x cluster.devices = {config.world}, but the launcher started {world.size} processes; "
+            "make them equal"
+        )
 
 
 def _launch_here(config: Config, arguments: list[str]) -> int:

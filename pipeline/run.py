@@ -1,7 +1,6 @@
 """READ THIS FIRST: assembles data, model, norm, optimizer, callbacks and Trainer from a config, and runs them.
 
-`prepare` settles what the data decides, once, where the user typed. `train` and `evaluate` are what
-every process of a run executes; the world says which one it is.
+`train` and `evaluate` are what every process of a run executes; the world says which one it is.
 """
 
 from __future__ import annotations
@@ -30,12 +29,10 @@ from pipeline.callbacks.preemption import Preemption
 from pipeline.callbacks.progress import ProgressReport
 from pipeline.callbacks.throughput import Throughput
 from pipeline.callbacks.tracking import Reporter, Tracking, WandbPlace, WandbReporter
-from pipeline.config import Config, ConfigError, completed
+from pipeline.config import Config, ConfigError
 from pipeline.data.augment import Augmentation, CentreCrop
 from pipeline.data.batch import micro_batches
 from pipeline.data.datamodule import Batching, ImageData
-from pipeline.data.shards import DataError, read_manifest
-from pipeline.data.writer import write_shards
 from pipeline.evaluation.metrics import Scores
 from pipeline.launch.environment import LaunchedEnvironment
 from pipeline.launch.plan import read_record
@@ -48,28 +45,6 @@ from pipeline.training.schedule import Schedule
 from pipeline.world import World
 
 PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed", "64": "64-true"}
-
-
-def prepare(config: Config, console: Console) -> Config:
-    """The config with what its data set decides: packed on first use, classes counted. Raises DataError."""
-    root = Path(config.data.root)
-    if config.data.source and not root.exists():
-        console.print(f"packing {config.data.source} into {root}", highlight=False)
-        write_shards(config.data.source, root)
-    manifest = read_manifest(root)
-    classes = config.data.num_classes or len(manifest.classes)
-    if config.data.digest and config.data.digest != manifest.digest:
-        raise DataError(f"data.root = {root} holds another data set than this run began with; bring the first one back")
-    for split in ("train", "val"):
-        if split not in manifest.splits:
-            raise DataError(f"data.root = {root} has no split {split!r}; write it again from a source with {split}/, "
-                            "or with --holdout 0.1")  # fmt: skip
-    if config.data.global_batch_size > manifest.count("train"):
-        raise ConfigError(
-            f"data.global_batch_size = {config.data.global_batch_size} exceeds the {manifest.count('train')} training "
-            "images; lower it"
-        )
-    return completed(config, data={"num_classes": classes, "digest": manifest.digest})
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,6 @@ class Population(lightning.Callback):
         if not self.images:
             merge_groups(pl_module.model)
             return
-        batches = (trainer.strategy.batch_to_device(batch) for batch in self.loader.first_batches(self.images))
+        batches = (trainer.strategy.batch_to_device(batch) for batch in self.loader.population_batches(self.images))
         with trainer.precision_plugin.forward_context():
             estimate(pl_module.model, batches, forward=pl_module)

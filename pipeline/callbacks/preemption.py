@@ -10,7 +10,7 @@ import lightning
 import torch
 import torch.distributed as dist
 
-from pipeline.training.checkpoint import Checkpoints
+from pipeline.training.checkpoint import Checkpoints, ends_epoch
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 
@@ -36,12 +36,17 @@ class Preemption(lightning.Callback):
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         step = trainer.global_step
-        if step == self._step or step % self.every_steps:
+        if step == self._step or step % self.every_steps or ends_epoch(trainer):
             return
         self._step = step
         if self._any_rank(pl_module.device):
             self.checkpoints.save(trainer)
             raise InterruptedRunError(f"interrupted after step {step}; its checkpoint is written")
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        # The checkpoint of the epoch's end is written already: Checkpoints comes before us.
+        if not trainer.fit_loop.done and self._any_rank(pl_module.device):
+            raise InterruptedRunError(f"interrupted after step {trainer.global_step}; its checkpoint is written")
 
     def _note(self, number: int, frame: object) -> None:
         if self.signal == signal.SIGINT == number:  # a second Ctrl-C: at once

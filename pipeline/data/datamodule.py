@@ -24,6 +24,7 @@ from pipeline.data.shards import DataError, Split, load_split, read_manifest
 from pipeline.data.stream import ShardStream
 
 _AUGMENT = 3  # what a key is for; order.py has 1 and 2
+_POPULATION_EPOCH = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +102,7 @@ class TrainLoader:
         return self.steps * self.batching.pieces
 
     def __iter__(self) -> Iterator[Batch]:
-        dataset = _TrainShares(self.images, self.order, self.augment, self.batching, self.epoch)
+        dataset = self._shares(self.epoch)
         numbers = range(self.number, len(self))
         for batch in _loader(dataset, numbers, self.batching.workers):
             self.number += 1
@@ -109,12 +110,19 @@ class TrainLoader:
                 self.epoch, self.number = self.epoch + 1, 0
             yield batch
 
-    def first_batches(self, images: int) -> Iterator[Batch]:
-        """Micro-batches of the current epoch's beginning, at least `images` images over all ranks; moves nothing."""
-        dataset = _TrainShares(self.images, self.order, self.augment, self.batching, self.epoch)
+    def population_batches(self, images: int) -> Iterator[Batch]:
+        """Micro-batches for population statistics, at least `images` images over all ranks; moves nothing.
+
+        They begin an order of their own, which depends on the seed alone: whoever estimates from the
+        same weights, in training or later, gets the same statistics.
+        """
+        dataset = self._shares(_POPULATION_EPOCH)
         per_batch = self.batching.global_batch_size / self.batching.pieces
         count = min(len(self), -int(-images // per_batch))
         yield from _loader(dataset, range(count), self.batching.workers)
+
+    def _shares(self, epoch: int) -> _TrainShares:
+        return _TrainShares(self.images, self.order, self.augment, self.batching, epoch)
 
     def state_dict(self) -> dict[str, int]:
         sample = self.number // self.batching.pieces * self.batching.global_batch_size
@@ -166,6 +174,18 @@ class ImageData(lightning.LightningDataModule):
         if name not in self._images:
             self._images[name] = _Images(load_split(self.root, self.manifest, name, self.num_classes))
         return self._images[name]
+
+    def __len__(self) -> int:
+        """Micro-batches of a training epoch."""
+        return len(self.train_loader)
+
+    def state_dict(self) -> dict[str, int]:
+        return self.train_loader.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        # Lightning hands a loader its state only where an epoch was left unfinished: a checkpoint of an epoch's end
+        # would begin the first epoch's order again. It hands it to the data module always.
+        self.train_loader.load_state_dict(state_dict)
 
     def keys(self, samples: list[int]) -> list[str]:
         """Names of training samples, for ledgers and error messages."""

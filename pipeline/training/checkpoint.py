@@ -56,7 +56,10 @@ class Checkpoints(lightning.Callback):
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        # Only here, between two optimizer steps, is the loader's position exact.
+        # Only here, between two optimizer steps, is the loader's position exact. After an epoch's last step the
+        # validation comes first: Lightning would take a checkpoint from before it for one from after it.
+        if ends_epoch(trainer):
+            return
         step = trainer.global_step
         if self.every_steps and step % self.every_steps == 0 and step != self._saved_step:
             self.save(trainer)
@@ -88,6 +91,11 @@ class Checkpoints(lightning.Callback):
             for old in checkpoints(self.directory)[: -self.keep]:
                 old.unlink(missing_ok=True)
         return path
+
+
+def ends_epoch(trainer: lightning.Trainer) -> bool:
+    """Whether the batch just trained on is the last of its epoch."""
+    return trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
 
 
 def checkpoints(directory: Path) -> list[Path]:

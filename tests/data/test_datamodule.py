@@ -90,12 +90,14 @@ def test_a_batch_larger_than_the_data_set_is_refused(shards):
         data(shards, global_batch_size=131)
 
 
-def test_first_batches_move_nothing(shards):
+def test_population_batches_depend_on_the_seed_alone_and_move_nothing(shards):
     loader = data(shards, micro_batch_size=8).train_dataloader()
-    batches = list(loader.first_batches(40))
+    batches = list(loader.population_batches(40))
     assert sum(len(b.label_N) for b in batches) == 40
     assert loader.state_dict()["sample"] == 0
-    assert same(batches[0], next(iter(loader)))
+    list(loader)
+    assert all(same(a, b) for a, b in zip(loader.population_batches(40), batches, strict=True))
+    assert not same(batches[0], next(iter(data(shards, micro_batch_size=8).train_dataloader())))
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 7])

@@ -17,6 +17,7 @@ from torch import nn
 
 from pipeline import run
 from pipeline.callbacks.journal import read_journal
+from pipeline.cli import settled
 from pipeline.config import Config, compose_config
 from pipeline.launch.plan import open_run
 from pipeline.norm import revert
@@ -47,7 +48,7 @@ def losses(shards: Path, directory: Path, world: int, *overrides: str) -> torch.
     """The loss of every step of a run on `world` ranks, as metrics.csv keeps it."""
     name = f"w{world}-{abs(hash(overrides)) % 10**8}"
     config = law_config(shards, directory, f"run.id={name}", f"cluster.devices={world}", *overrides)
-    config = open_run(run.prepare(config, Console(quiet=True)))
+    config = open_run(settled(config))
     run_ranks(world, train_rank, config)
     rows = [row for row in read_journal(config.directory / "metrics.csv") if row.split == "train"]
     assert [row.step for row in rows] == list(range(1, STEPS + 1))
@@ -56,7 +57,7 @@ def losses(shards: Path, directory: Path, world: int, *overrides: str) -> torch.
 
 def plain_losses(config: Config, pieces: int) -> torch.Tensor:
     """The same run as a loop in plain torch: nn.BatchNorm2d, one process, gradients added up over `pieces`."""
-    config = run.prepare(config, Console(quiet=True))
+    config = settled(config)
     assembly = run.assemble(config, World())
     loader, classifier = assembly.data.train_loader, assembly.classifier.double()
     revert(classifier.model)
@@ -161,7 +162,7 @@ def test_a_rank_without_images_changes_nothing(shards, tmp_path, name):
     for world in (1, 3):  # two images on three ranks
         overrides = ["data.global_batch_size=2", "trainer.max_steps=1", f"cluster.devices={world}"]
         model = [f"model.name={name}", "model.response_norm=true", "data.image_size=32"]
-        config = run.prepare(law_config(shards, tmp_path, *overrides, *model), Console(quiet=True))
+        config = settled(law_config(shards, tmp_path, *overrides, *model))
         results.append(run_ranks(world, one_step, config)[0])
     (loss_one, gradients_one), (loss_three, gradients_three) = results
     assert abs(loss_one - loss_three) < 1e-9

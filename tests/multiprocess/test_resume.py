@@ -1,0 +1,88 @@
+"""An interrupted run ends with the bits of one that was not, on the same number of ranks."""
+
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from pipeline import run
+from pipeline.callbacks.journal import read_journal
+from pipeline.callbacks.preemption import InterruptedRunError, Preemption
+from pipeline.cli import settled
+from pipeline.config import Config, compose_config
+from pipeline.launch.plan import open_run
+from pipeline.training.checkpoint import checkpoints
+from pipeline.world import World
+from tests.multiprocess.ranks import run_ranks
+
+
+def config(shards: Path, directory: Path, name: str, world: int) -> Config:
+    composed = compose_config(
+        ["recipe=bn_x5", "data=folder", f"data.root={shards}", f"run.dir={directory}", f"run.id={name}",
+         "data.image_size=16", "model.stem=small", "model.width=0.125", "data.global_batch_size=24",
+         "trainer.max_epochs=3", "trainer.threads=1", "tracking.every_steps=1", "tracking.mode=disabled",
+         "norm.precise_images=48", "cluster.accelerator=cpu", f"cluster.devices={world}", "ledger=true",
+         "trainer.checkpoint_every_steps=4", "trainer.keep_checkpoints=99"]
+    )  # fmt: skip
+    return open_run(settled(composed))
+
+
+def train_rank(rank: int, world: int, settings: Config, stop_at: int) -> bool:
+    """Train; the last rank alone gets a signal before step stop_at ends. Whether the run was interrupted."""
+    noticed = Preemption.on_train_batch_end
+
+    def interrupt(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_step == stop_at and rank == world - 1:
+            signal.raise_signal(signal.SIGTERM)
+        noticed(self, trainer, pl_module, outputs, batch, batch_idx)
+
+    if stop_at:
+        Preemption.on_train_batch_end = interrupt
+    try:
+        run.train(settings, World.from_environment(), Console(quiet=True))
+    except InterruptedRunError:
+        return True
+    finally:
+        Preemption.on_train_batch_end = noticed
+    return False
+
+
+def final(directory: Path) -> dict:
+    return torch.load(checkpoints(directory / "checkpoints")[-1], weights_only=True)
+
+
+def journal(directory: Path) -> list[tuple]:
+    return [(r.step, r.split, r.loss, r.top1, r.rate) for r in read_journal(directory / "metrics.csv")]
+
+
+@pytest.mark.parametrize(("world", "stop_at"), [(1, 3), (1, 5), (2, 7), (1, 10)])
+def test_an_interrupted_run_is_the_same_run(shards, tmp_path, world, stop_at):
+    whole = config(shards, tmp_path, "whole", world)
+    assert run_ranks(world, train_rank, whole, 0) == [False] * world
+    broken = config(shards, tmp_path, "broken", world)
+    assert run_ranks(world, train_rank, broken, stop_at) == [True] * world
+    assert final(broken.directory)["global_step"] == stop_at
+    again = config(shards, tmp_path, "broken", world)
+    assert run_ranks(world, train_rank, again, 0) == [False] * world
+
+    left, right = final(whole.directory), final(again.directory)
+    assert left["global_step"] == right["global_step"] == 15
+    for name, value in left["state_dict"].items():
+        assert torch.equal(value, right["state_dict"][name]), name
+    momenta = [c["optimizer_states"][0]["state"] for c in (left, right)]
+    assert momenta[0].keys() == momenta[1].keys()
+    assert all(torch.equal(momenta[0][p]["momentum_buffer"], momenta[1][p]["momentum_buffer"]) for p in momenta[0])
+    assert journal(again.directory) == journal(whole.directory)
+    for rank in range(world):
+        ledgers = [(c.directory / "ledger" / f"rank-{rank}.jsonl").read_text() for c in (whole, again)]
+        assert ledgers[0] == ledgers[1]
+
+
+def test_a_finished_run_resumed_does_nothing_more(shards, tmp_path):
+    done = config(shards, tmp_path, "done", 1)
+    run_ranks(1, train_rank, done, 0)
+    before = journal(done.directory)
+    run_ranks(1, train_rank, config(shards, tmp_path, "done", 1), 0)
+    assert [row for row in journal(done.directory) if row[1] == "train"] == [row for row in before if row[1] == "train"]
