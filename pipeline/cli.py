@@ -17,7 +17,7 @@ DONE, FAILED, USAGE, BAD_DATA, RESUMABLE = 0, 1, 2, 3, 75
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code: 0 done, 2 usage or config, 3 data, 75 interrupted and resumable, 1 other."""
-    options = _parser().parse_args(arguments)
+    options = _parsed(arguments)
     verb: Callable[[argparse.Namespace], int] = options.verb
     try:
         return verb(options)
@@ -37,9 +37,9 @@ def train(options: argparse.Namespace) -> int:
     from pipeline.world import World
 
     if World.is_launched():  # one process of several: the config is frozen
-        return _train_here(read_config(_frozen(options.config)))
-    files = [word for word in options.config if word.endswith((".yaml", ".yml")) and "=" not in word]
-    overrides = [word for word in options.config if word not in files]
+        return _train_here(read_config(_frozen(options.words)))
+    files = [word for word in options.words if word.endswith((".yaml", ".yml")) and "=" not in word]
+    overrides = [word for word in options.words if word not in files]
     config = read_config(Path(files[0]), overrides) if files else compose_config(overrides)
     if options.print_config:
         print(to_yaml(config), end="")
@@ -62,12 +62,12 @@ def evaluate(options: argparse.Namespace) -> int:
     directory = Path(options.run)
     if not (directory / CONFIG).is_file():
         raise ConfigError(f"{directory} is no run: it holds no {CONFIG}; give a directory like runs/NAME")
-    config = read_config(directory / CONFIG, options.overrides)
+    config = read_config(directory / CONFIG, options.words)
     config = completed(config, run={"dir": str(directory.parent), "id": directory.name})
     config = settled(config)
     checkpoint = _checkpoint(directory, options.checkpoint)
     if config.world > 1 and not World.is_launched():
-        words = ["evaluate", str(directory), "--checkpoint", str(checkpoint), *options.overrides]
+        words = ["evaluate", str(directory), "--checkpoint", str(checkpoint), *options.words]
         return _launch_here(config, words)
     from pipeline import run
 
@@ -255,6 +255,18 @@ def _code_of(error: Exception) -> int | None:
     return USAGE if "ConfigError" in names else BAD_DATA if "DataError" in names else None
 
 
+def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Options of the command line. Overrides may stand anywhere, also behind an option, where argparse stops looking."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    words: list[str] | None = getattr(options, "words", None)
+    if rest and (words is None or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if words is not None:
+        words.extend(rest)
+    return options
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="pipeline",
@@ -267,7 +279,7 @@ def _parser() -> argparse.ArgumentParser:
         "pipeline train recipe=bn_x5 data=cifar10 cluster.devices=2 run.id=first\n"
         "  pipeline train runs/first/config.yaml trainer.max_epochs=20",
         lambda p: (
-            p.add_argument("config", nargs="*", metavar="key=value | RUN/config.yaml",
+            p.add_argument("words", nargs="*", metavar="key=value | RUN/config.yaml",
                            help="overrides of conf/config.yaml, or of a frozen config; --print-config lists all keys"),
             p.add_argument("--print-config", action="store_true", help="show the resolved config and stop"),
         ),
@@ -277,7 +289,7 @@ def _parser() -> argparse.ArgumentParser:
         "pipeline evaluate runs/first --checkpoint best cluster.devices=2",
         lambda p: (
             p.add_argument("run", help="the run's directory"),
-            p.add_argument("overrides", nargs="*", metavar="key=value", help="keys to change, as cluster.devices=2"),
+            p.add_argument("words", nargs="*", metavar="key=value", help="keys to change"),
             p.add_argument("--checkpoint", default="newest", help="newest, best, or a file (default: newest)"),
         ),
     )  # fmt: skip

@@ -93,6 +93,16 @@ def test_a_launched_process_takes_the_frozen_config_alone(capsys, monkeypatch):
     assert "give RUN/config.yaml, or unset RANK" in refused(capsys, 2, "train", "recipe=bn_x5")
 
 
+def test_overrides_may_stand_behind_an_option(capsys, shards):
+    assert cli.main(["train", "--print-config", "recipe=bn_x30", "seed=5"]) == 0
+    assert "seed: 5" in capsys.readouterr().out
+    assert "is no run" in refused(capsys, 2, "evaluate", "nowhere", "--checkpoint", "best", "cluster.devices=2")
+    for words in (["train", "--bogus"], ["shards", "verify", "a", "b"]):
+        with pytest.raises(SystemExit):
+            cli.main(words)
+        assert "unrecognized arguments" in capsys.readouterr().err
+
+
 def test_shards_verbs_write_verify_and_describe(capsys, folders, shards):
     assert cli.main(["shards", "write", str(folders), "out", "--samples-per-shard", "30", "--workers", "2"]) == 0
     assert "out: train: 130 images in 5 shards" in capsys.readouterr().out

@@ -53,6 +53,17 @@ def forward_level(units: Sequence[Unit], xs: Sequence[Tensor]) -> list[Tensor]:
     return [unit.activation(x) for unit, x in zip(units, normalized, strict=True)]
 
 
+class HalvingPool(nn.Module):
+    """3x3/2 max pool to ceil(side / 2), as a 3x3/2 convolution padded by 1 gives: the two meet in a concatenation.
+
+    On even sides that is ceil mode without padding (Fig. 5's grids); an odd side needs one pixel on both sides.
+    """
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        padding = (x_NCHW.shape[2] % 2, x_NCHW.shape[3] % 2)
+        return nn.functional.max_pool2d(x_NCHW, 3, stride=2, padding=padding, ceil_mode=True)
+
+
 class Widths(NamedTuple):
     """Channels of one module: a row of the paper's figure 5. A zero leaves the branch out."""
 
@@ -80,7 +91,7 @@ class Inception(nn.Module):
         self.conv33b = Unit(w.conv33, w.conv33, 3, style, stride=stride)
         self.pool: nn.Module
         if stride == 2:
-            self.pool = nn.MaxPool2d(3, stride=2, ceil_mode=True)
+            self.pool = HalvingPool()
         elif w.pool == "max":
             self.pool = nn.MaxPool2d(3, stride=1, padding=1)
         else:

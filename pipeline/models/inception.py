@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pipeline.models.blocks import Inception, NormFactory, SampleDropout, Style, Unit, Widths
+from pipeline.models.blocks import HalvingPool, Inception, NormFactory, SampleDropout, Style, Unit, Widths
 
 # Figure 5. 4c and 4d print a projection of 128, which contradicts their printed depth of 576: 96 fits the depth and
 # the published 13.6e6 parameters; `literal_fig5` restores 128 (weights that circulate were trained with it).
@@ -156,13 +156,13 @@ def _stem(kind: str, style: Style, width: float, response_norm: bool) -> nn.Sequ
         opening = Unit(3, first, 3, style)
     parts: list[nn.Module] = [opening]
     if kind != "small":
-        parts.append(nn.MaxPool2d(3, stride=2, ceil_mode=True))
+        parts.append(HalvingPool())
     if response_norm:
         parts.append(LocalResponseNorm())
     parts += [Unit(first, middle, 1, style), Unit(middle, last, 3, style)]
     if response_norm:
         parts.append(LocalResponseNorm())
-    parts.append(nn.MaxPool2d(3, stride=2, ceil_mode=True))
+    parts.append(HalvingPool())
     return nn.Sequential(*parts)
 
 

@@ -84,6 +84,13 @@ def test_shapes_of_every_stage_are_those_of_figure_5():
     assert shapes(build(stem="small", width=0.25), 32)["3a"][1:] == (16, 16)
 
 
+@pytest.mark.parametrize("size", [8, 17, 28, 31, 45])
+def test_images_of_any_size_fit(size):
+    for stem in ("separable", "dense", "small"):
+        model = models.build("bn_inception", num_classes=3, norm=SyncBatchNorm, stem=stem, width=0.125)
+        assert model(torch.randn(2, 3, size, size + 3)).main_NK.shape == (2, 3)
+
+
 def test_there_are_69_norms_of_9952_channels_directly_before_the_nonlinearity():
     for stem in ("separable", "dense", "small"):
         model = build(stem=stem)
