@@ -3,13 +3,15 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN     = $(VENV)/bin
 PIP     = $(BIN)/python -m pip --disable-pip-version-check --quiet install
+COMPILE = $(BIN)/uv pip compile pyproject.toml --universal --python-version 3.11 --upgrade --generate-hashes \
+          --no-emit-index-url --no-header --quiet
 
 .PHONY: help demo test lint slow requirements clean
 
 help:            ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 16
 
-demo: $(VENV)/.runtime    ## train BN-Inception on two processes with synchronized statistics, on digits (about 3 minutes)
+demo: $(VENV)/.runtime    ## train BN-Inception on two processes with synchronized statistics, on digits (about 4 minutes)
 	$(BIN)/pipeline train recipe=bn_x5 data=digits cluster.devices=2 run.id=demo-$$(date +%Y%m%d-%H%M%S)
 
 test: $(VENV)/.dev lint    ## lint, types and all quick tests
@@ -23,10 +25,9 @@ lint: $(VENV)/.dev         ## ruff and mypy
 slow: $(VENV)/.dev         ## the tests that take minutes each
 	$(BIN)/python -m pytest -m "slow and not gpu and not cluster"
 
-requirements:    ## compile the pinned, hash-checked requirement files anew from pyproject.toml
-	$(PIP) uv
-	$(BIN)/uv pip compile pyproject.toml --universal --python-version 3.11 --upgrade --generate-hashes --no-emit-index-url --no-header --quiet -o requirements/runtime.txt
-	$(BIN)/uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --upgrade --generate-hashes --no-emit-index-url --no-header --quiet -o requirements/dev.txt
+requirements: $(VENV)/.dev    ## compile the pinned, hash-checked requirement files anew from pyproject.toml
+	$(COMPILE) -o requirements/runtime.txt
+	$(COMPILE) --extra dev -o requirements/dev.txt
 
 clean:           ## remove the environment and caches; runs/ and shards/ stay
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build *.egg-info

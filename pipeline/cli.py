@@ -22,8 +22,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return verb(options)
     except KeyboardInterrupt:
-        print("pipeline: interrupted", file=sys.stderr)
-        return RESUMABLE if verb is train else FAILED
+        goes_on = verb in (train, shards_write)
+        print(f"pipeline: interrupted{'; the same command goes on from there' if goes_on else ''}", file=sys.stderr)
+        return RESUMABLE if goes_on else FAILED
     except Exception as error:
         code = _code_of(error)
         if code is None:
@@ -33,14 +34,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def train(options: argparse.Namespace) -> int:
-    from pipeline.config import compose_config, read_config, to_yaml
+    from pipeline.config import compose_config, to_yaml
     from pipeline.world import World
 
     if World.is_launched():  # one process of several: the config is frozen
-        return _train_here(read_config(_frozen(options.words)))
+        return _train_here(_of_run(_frozen(options.words)))
     files = [word for word in options.words if word.endswith((".yaml", ".yml")) and "=" not in word]
     overrides = [word for word in options.words if word not in files]
-    config = read_config(Path(files[0]), overrides) if files else compose_config(overrides)
+    config = _of_run(Path(files[0]), overrides) if files else compose_config(overrides)
     if options.print_config:
         print(to_yaml(config), end="")
         return DONE
@@ -55,16 +56,14 @@ def train(options: argparse.Namespace) -> int:
 def evaluate(options: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from pipeline.config import ConfigError, completed, read_config
+    from pipeline.config import ConfigError
     from pipeline.launch.plan import CONFIG
     from pipeline.world import World
 
     directory = Path(options.run)
     if not (directory / CONFIG).is_file():
         raise ConfigError(f"{directory} is no run: it holds no {CONFIG}; give a directory like runs/NAME")
-    config = read_config(directory / CONFIG, options.words)
-    config = completed(config, run={"dir": str(directory.parent), "id": directory.name})
-    config = settled(config)
+    config = settled(_of_run(directory / CONFIG, options.words))
     checkpoint = _checkpoint(directory, options.checkpoint)
     if config.world > 1 and not World.is_launched():
         words = ["evaluate", str(directory), "--checkpoint", str(checkpoint), *options.words]
@@ -134,6 +133,17 @@ def shards_describe(options: argparse.Namespace) -> int:
     contact_sheet(root, split).save(path)
     print(f"contact sheet of {split}: {path}")
     return DONE
+
+
+def _of_run(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """A frozen config. One that lies in its run's directory belongs to that directory, wherever it was moved."""
+    from pipeline.config import completed, read_config
+    from pipeline.launch.plan import RECORD
+
+    config = read_config(path, overrides)
+    if (path.parent / RECORD).is_file():
+        config = completed(config, run={"dir": str(path.parent.parent), "id": path.parent.name})
+    return config
 
 
 def settled(config: Config) -> Config:
@@ -256,7 +266,7 @@ def _code_of(error: Exception) -> int | None:
 
 
 def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Options of the command line. Overrides may stand anywhere, also behind an option, where argparse stops looking."""
+    """Options of the command line. Overrides may stand behind an option, too, where argparse stops looking."""
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     words: list[str] | None = getattr(options, "words", None)

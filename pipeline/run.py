@@ -145,7 +145,8 @@ def build_trainer(assembly: Assembly, callbacks: list[lightning.Callback]) -> li
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     # Advice about a worker count, a missing logger or a loader that Lightning cannot inspect does not apply to ours.
     warnings.filterwarnings("ignore", module="lightning")
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     trainer = config.trainer
     return lightning.Trainer(
         accelerator=_accelerator(config),

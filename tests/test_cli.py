@@ -62,7 +62,8 @@ def test_ten_bad_inputs_each_give_one_clear_line_and_the_right_code(capsys, shar
     from pipeline.config import compose_config
     from pipeline.launch.plan import open_run
 
-    open_run(cli.settled(compose_config([*here, "run.id=taken"])))
+    opened = open_run(cli.settled(compose_config([*here, "run.id=taken"])))
+    (opened.directory / "metrics.csv").touch()
     line = refused(capsys, 2, "train", *here, "run.id=taken", "optimizer.rate=0.5")
     assert "run.id = taken is another run: optimizer.rate = 0.5, the run has 0.0075; choose a new run.id" in line
 
@@ -139,6 +140,21 @@ def test_help_imports_neither_torch_nor_lightning():
     imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in trace.splitlines()}
     assert "argparse" in imported
     assert not imported & {"torch", "lightning", "numpy", "hydra", "wandb", "webdataset"}
+
+
+def test_a_run_that_was_moved_goes_on_in_its_new_place(capsys, shards, tmp_path):
+    from pipeline.config import compose_config
+    from pipeline.launch.plan import open_run
+
+    opened = open_run(cli.settled(compose_config(["data=folder", f"data.root={shards}", "run.id=a",
+                                                  "data.global_batch_size=24"])))  # fmt: skip
+    moved = tmp_path / "elsewhere" / "b"
+    moved.parent.mkdir()
+    opened.directory.rename(moved)
+    assert cli.main(["train", str(moved / "config.yaml"), "--print-config"]) == 0
+    output = capsys.readouterr().out
+    assert f"dir: {moved.parent}" in output
+    assert "id: b" in output
 
 
 def test_one_process_trains_evaluates_and_journals(capsys, shards, monkeypatch):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,10 +16,8 @@ def ready_data(root: Path, *, source: str = "", say: Callable[[str], None] = pri
     source: what to pack on first use ("" = nothing). Raises DataError.
     """
     if source and not root.exists():
-        from pipeline.data.writer import write_shards  # 1.5 s to import, needed once a data set
-
         say(f"packing {source} into {root}")
-        write_shards(source, root)
+        _pack(source, root)
     manifest = read_manifest(root)
     for split in ("train", "val"):
         if not manifest.splits.get(split):
@@ -32,3 +32,17 @@ def ready_data(root: Path, *, source: str = "", say: Callable[[str], None] = pri
                 "bring the shards back, or write them again"
             )
     return manifest
+
+
+def _pack(source: str, root: Path) -> None:
+    """Pack beside root and rename: of several runs that start at once, one brings its directory in."""
+    from pipeline.data.writer import write_shards  # 1.5 s to import, needed once a data set
+
+    aside = root.with_name(f".{root.name}.{os.getpid()}")
+    write_shards(source, aside)
+    try:
+        aside.rename(root)
+    except OSError:
+        if not root.exists():
+            raise
+        shutil.rmtree(aside)

@@ -15,6 +15,8 @@ from pathlib import Path
 LEAD_SECONDS = 120.0  # what ranks get to write a checkpoint after a signal
 _GRACE_SECONDS = 15.0  # what the others get to notice that one has died
 _PR_SET_PDEATHSIG = 1
+RESUMABLE = 75
+EXPLAINED = (2, 3)  # bad config, bad data
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 
 
@@ -52,39 +54,49 @@ def run_processes(arguments: Sequence[str], *, processes: int, threads: int, log
 
 
 def _wait(ranks: list[subprocess.Popen[bytes]], logs: Path) -> int:
-    deadline = [float("inf")]
+    deadline, signalled = float("inf"), False
 
     def forward(number: int, frame: object) -> None:
-        deadline[0] = min(deadline[0], time.monotonic() + LEAD_SECONDS)
+        nonlocal deadline, signalled
+        deadline, signalled = min(deadline, time.monotonic() + LEAD_SECONDS), True
         for process in ranks:
             if process.poll() is None:
                 process.send_signal(number)
 
     previous = {number: signal.signal(number, forward) for number in FORWARDED}
+    failed: int | None = None
     try:
-        failed: int | None = None
         while any(process.poll() is None for process in ranks):
             time.sleep(0.05)
-            if failed is None:
-                failed = next((r for r, p in enumerate(ranks) if p.poll() not in (None, 0, 75)), None)
-                if failed is not None:
-                    deadline[0] = min(deadline[0], time.monotonic() + _GRACE_SECONDS)
-            if time.monotonic() > deadline[0]:
+            if failed is None and (failed := _failure(ranks, signalled=signalled)) is not None:
+                deadline = min(deadline, time.monotonic() + _GRACE_SECONDS)
+            elif any(process.poll() is not None for process in ranks):
+                deadline = min(deadline, time.monotonic() + LEAD_SECONDS)  # ranks end together, or not at all
+            if time.monotonic() > deadline:
                 for process in ranks:
                     process.kill()
-        if failed is not None:
-            status = ranks[failed].returncode
-            if failed and ranks[0].returncode in (0, 75, -signal.SIGKILL, -signal.SIGTERM):
-                print(f"rank {failed} ended with {status}; the end of {logs / f'rank-{failed}.log'}:", file=sys.stderr)
-                print(_tail(logs / f"rank-{failed}.log"), file=sys.stderr)
-            return status if status > 0 else 1
-        return max(process.returncode for process in ranks)
+        if failed is None and (failed := _failure(ranks, signalled=signalled)) is None:
+            return RESUMABLE if any(process.returncode for process in ranks) else 0
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
         for process in ranks:
             if process.poll() is None:
                 process.kill()
+    if failed:  # rank 0 has said on the terminal what went wrong
+        print(f"rank {failed} ended first; the end of {logs / f'rank-{failed}.log'}:", file=sys.stderr)
+        print(_tail(logs / f"rank-{failed}.log"), file=sys.stderr)
+    return max(ranks[failed].returncode, 1)
+
+
+def _failure(ranks: list[subprocess.Popen[bytes]], *, signalled: bool) -> int | None:
+    """A rank that ended otherwise than done or resumable; after a signal of ours, dying of it counts as resumable.
+
+    Of several, one that knew why: the others lose their connection to it and fail in turn.
+    """
+    accepted = {None, 0, RESUMABLE, *(-number for number in FORWARDED if signalled)}
+    failed = [rank for rank, process in enumerate(ranks) if process.poll() not in accepted]
+    return min(failed, key=lambda rank: (ranks[rank].returncode not in EXPLAINED, rank), default=None)
 
 
 def _tail(path: Path, lines: int = 20) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 from pipeline.config import Config, ConfigError, completed, differences, read_config, to_yaml
 
 CONFIG, RECORD = "config.yaml", "run.json"
+STARTED = "metrics.csv"  # without it a run has not begun, and may still become another one
 
 
 @dataclass(slots=True)
@@ -35,7 +36,7 @@ def open_run(config: Config) -> Config:
     if not config.run.id:
         config = completed(config, run={"id": new_run_id(config)})
     directory = config.directory
-    if (directory / CONFIG).exists():
+    if (directory / CONFIG).exists() and (directory / STARTED).exists():
         frozen = read_config(directory / CONFIG)
         other = differences(config, frozen)
         if other:
@@ -43,7 +44,7 @@ def open_run(config: Config) -> Config:
                 f"run.id = {config.run.id} is another run: {'; '.join(other)}; choose a new run.id, or these values"
             )
         config = completed(config, trainer={"threads": config.trainer.threads or frozen.trainer.threads})
-    elif directory.is_dir() and any(directory.iterdir()):
+    elif directory.is_dir() and any(directory.iterdir()) and not (directory / CONFIG).exists():
         raise ConfigError(f"{directory} holds no run but other files; choose another run.id or run.dir")
     if not config.trainer.threads:
         threads = max(1, (os.cpu_count() or 1) // config.cluster.devices)

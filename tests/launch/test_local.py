@@ -75,7 +75,9 @@ def test_every_rank_runs_and_rank_0_keeps_the_terminal(launcher):
     assert "rank 1 of 2" in Path("logs/rank-1.log").read_text()
 
 
-@pytest.mark.parametrize(("codes", "status"), [("0,75", 75), ("75,75", 75), ("75,3", 3), ("2,2", 2), ("0,0", 0)])
+@pytest.mark.parametrize(
+    ("codes", "status"), [("0,75", 75), ("3,3", 3), ("75,75", 75), ("75,3", 3), ("2,2", 2), ("1,3", 3), ("0,0", 0)]
+)
 def test_the_status_is_75_only_if_no_rank_failed_otherwise(launcher, codes, status):
     process = launcher("codes", codes)
     process.communicate(timeout=30)
@@ -86,7 +88,7 @@ def test_one_rank_that_dies_ends_all_and_its_last_words_are_shown(launcher):
     process = launcher("crash")
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 9
-    assert "rank 1 ended with 9" in errors
+    assert "rank 1 ended first" in errors
     assert "the reason" in errors
 
 

@@ -174,3 +174,85 @@ def test_dropout_masks_depend_on_key_and_layer_alone():
 def test_dropout_without_keys_is_refused():
     with pytest.raises(RuntimeError, match=r"has keys for 0 of 3 images; call set_sample_keys"):
         SampleDropout(0.5)(torch.ones(3, 2))
+
+
+def convolution_costs(model: nn.Module) -> dict[str, tuple[int, float]]:
+    """Weights and millions of multiply-adds of the convolutions of each part, at 224x224."""
+    costs: dict[str, list[float]] = {}
+
+    def count(part: str):
+        def hook(module: nn.Conv2d, inputs, output):
+            entry = costs.setdefault(part, [0, 0.0])
+            entry[0] += module.weight.numel()
+            entry[1] += module.weight.numel() * output.shape[2] * output.shape[3] / 1e6
+
+        return hook
+
+    parts = {f"stem{i}": m for i, m in enumerate(model.stem)} | dict(model.body.items())
+    for name, part in parts.items():
+        for module in part.modules():
+            if isinstance(module, nn.Conv2d):
+                module.register_forward_hook(count(name))
+    with torch.no_grad():
+        model.eval()(torch.zeros(1, 3, 224, 224))
+    return {name: (int(weights), round(macs, 1)) for name, (weights, macs) in costs.items()}
+
+
+def test_weights_and_multiply_adds_of_every_stage():
+    dense = convolution_costs(build(stem="dense"))
+    assert dense == {
+        "stem0": (9_408, 118.0), "stem2": (4_096, 12.8), "stem3": (110_592, 346.8), "3a": (218_112, 171.0),
+        "3b": (259_072, 203.1), "3c": (384_000, 143.9), "4a": (608_256, 119.2), "4b": (663_552, 130.1),
+        "4c": (893_952, 175.2), "4d": (1_105_920, 216.8), "4e": (1_437_696, 162.6), "5a": (2_179_072, 106.8),
+        "5b": (2_276_352, 111.5),
+    }  # fmt: skip
+    assert convolution_costs(build())["stem0"] == (2_712, 34.0)
+    literal = convolution_costs(build(stem="dense", literal_fig5=True))
+    assert [literal[name] for name in ("4c", "4d", "4e", "5a")] == [
+        (912_384, 178.8), (1_140_736, 223.6), (1_447_936, 164.6), (2_205_696, 108.1),
+    ]  # fmt: skip
+
+
+def test_layers_paths_and_values_are_counted_as_in_the_paper():
+    for stem, convolutions in (("dense", 69), ("separable", 70)):
+        assert sum(isinstance(m, nn.Conv2d) for m in build(stem=stem).modules()) == convolutions
+    longest = 3 + 10 * 3 + 1  # stem, three levels a module, the classifier
+    assert longest == 34
+    values = 0
+    model = build(stem="dense").eval()
+
+    def add(module, inputs, output):
+        nonlocal values
+        values += output.numel()
+
+    for module in model.modules():
+        if isinstance(module, SyncBatchNorm):
+            module.register_forward_hook(add)
+    with torch.no_grad():
+        model(torch.zeros(1, 3, 224, 224))
+    assert values == 3_724_000
+
+
+def test_channels_of_every_level_are_those_to_be_exchanged_together():
+    forward = {
+        name: [sum(u.norm.num_features for u in units if u is not None) for units in (
+            (m.conv1, m.reduce3, m.reduce33, m.projection), (m.conv3, m.conv33a), (m.conv33b,))]
+        for name, m in build().body.items()
+    }  # fmt: skip
+    assert forward == {
+        "3a": [224, 160, 96], "3b": [256, 192, 96], "3c": [192, 256, 96], "4a": [512, 224, 128], "4b": [512, 256, 128],
+        "4c": [512, 320, 160], "4d": [480, 384, 192], "4e": [320, 448, 256], "5a": [832, 544, 224],
+        "5b": [864, 544, 224],
+    }  # fmt: skip
+
+
+def test_pools_and_wiring_are_those_of_figure_5():
+    body = build().body
+    for name, module in body.items():
+        halves = name in ("3c", "4e")
+        assert (module.conv1 is None, module.projection is None) == (halves, halves)
+        assert module.conv3.conv.stride == module.conv33b.conv.stride == ((2, 2) if halves else (1, 1))
+        assert module.conv33a.conv.stride == (1, 1)
+    average = {name for name, module in body.items() if isinstance(module.pool, nn.AvgPool2d)}
+    assert average == {"3a", "3b", "4a", "4b", "4c", "4d", "5a"}
+    assert all(not body[name].pool.count_include_pad for name in average)

@@ -260,3 +260,48 @@ def test_state_dict_is_interchangeable_with_torch():
     ours.load_state_dict(theirs.state_dict())
     theirs.load_state_dict(ours.state_dict())
     assert list(ours.state_dict()) == list(theirs.state_dict())
+
+
+def test_normalized_values_have_mean_0_and_the_variance_that_eps_leaves():
+    x, eps = images(5, 3, 4, 4), 0.1
+    y = SyncBatchNorm(3, eps=eps).double()(x)
+    s2 = x.var((0, 2, 3), correction=0)
+    torch.testing.assert_close(y.sum((0, 2, 3)), torch.zeros(3).double(), rtol=0, atol=1e-11)
+    torch.testing.assert_close(y.square().mean((0, 2, 3)), s2 / (s2 + eps), rtol=1e-12, atol=0)
+
+
+def test_gamma_and_beta_can_give_the_input_back():
+    x = images(5, 3, 4, 4)
+    layer = SyncBatchNorm(3, eps=1e-3).double()
+    with torch.no_grad():
+        layer.weight.copy_((x.var((0, 2, 3), correction=0) + 1e-3).sqrt())
+        layer.bias.copy_(x.mean((0, 2, 3)))
+    torch.testing.assert_close(layer(x), x, rtol=1e-12, atol=1e-12)
+
+
+def test_the_papers_chain_of_derivatives_agrees_with_ours():
+    x, dy, eps = images(7, 1).requires_grad_(), images(7, 1, seed=1), 0.01
+    layer = SyncBatchNorm(1, eps=eps).double()
+    with torch.no_grad():
+        layer.weight.fill_(1.7)
+    layer(x).backward(dy)
+    v, m, gamma = x.detach(), 7, 1.7
+    mu, s2 = v.mean(), v.var(correction=0)
+    dxhat = dy * gamma
+    ds2 = (dxhat * (v - mu)).sum() * -0.5 * (s2 + eps) ** -1.5
+    dmu = -dxhat.sum() / (s2 + eps).sqrt() + ds2 * (-2 * (v - mu)).sum() / m
+    dx = dxhat / (s2 + eps).sqrt() + ds2 * 2 * (v - mu) / m + dmu / m
+    torch.testing.assert_close(x.grad, dx, rtol=1e-12, atol=1e-13)
+    xhat = (v - mu) / (s2 + eps).sqrt()
+    torch.testing.assert_close(
+        (x.grad * xhat).sum(),
+        gamma / (s2 + eps).sqrt() * m * (dy * xhat).mean() * eps / (s2 + eps),
+        rtol=1e-9,
+        atol=1e-12,
+    )
+
+
+def test_scaled_weights_with_eps_scaled_by_their_square_give_the_same_output():
+    x = images(6, 4, 3, 3)
+    one, scaled = SyncBatchNorm(4, eps=0.01).double(), SyncBatchNorm(4, eps=0.01 * 9).double()
+    torch.testing.assert_close(scaled(3 * x), one(x), rtol=1e-12, atol=1e-12)
