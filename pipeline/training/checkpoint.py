@@ -15,6 +15,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from pipeline.training.classifier import Classifier
 
 BEST = "best.ckpt"
+POSITION = "ImageData"  # where Lightning keeps the data module's state
 _NAME = re.compile(r"step-(\d{8})\.ckpt")
 
 
@@ -58,22 +59,39 @@ class Checkpoints(lightning.Callback):
     ) -> None:
         # Only here, between two optimizer steps, is the loader's position exact. After an epoch's last step the
         # validation comes first: Lightning would take a checkpoint from before it for one from after it.
-        if ends_epoch(trainer):
-            return
         step = trainer.global_step
-        if self.every_steps and step % self.every_steps == 0 and step != self._saved_step:
+        if ends_epoch(trainer) or step == self._saved_step:
+            return
+        if step == trainer.max_steps or (self.every_steps and step % self.every_steps == 0):
             self.save(trainer)
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         assert isinstance(pl_module, Classifier)
-        scores, self_best = pl_module.scores, False
+        if not ends_epoch(trainer):  # max_steps cut it short: saved at that step, in the middle of the epoch
+            return
+        scores, is_best = pl_module.scores, False
         if scores is not None and scores.top1 > self.best_top1:
-            self.best_top1, self_best = scores.top1, True
+            self.best_top1, is_best = scores.top1, True
         path = self.save(trainer)
-        if self_best and trainer.is_global_zero:
+        if is_best and trainer.is_global_zero:
             copy = self.directory / f".{BEST}.{os.getpid()}.tmp"
             shutil.copyfile(path, copy)
             copy.replace(self.directory / BEST)
+
+    def on_load_checkpoint(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        # Lightning counts micro-batches. Another number of them a step (other ranks, another micro-batch) must not
+        # move the place in the epoch, which the data module keeps in images.
+        position = checkpoint[POSITION]
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        if progress["is_last_batch"]:
+            return
+        steps = position["sample"] // position["global_batch_size"]
+        moved = steps * trainer.accumulate_grad_batches - progress["current"]["ready"]
+        for counts in (progress["current"], progress["total"]):
+            for stage in counts:
+                counts[stage] += moved
 
     def state_dict(self) -> dict[str, float]:
         return {"best_top1": self.best_top1}

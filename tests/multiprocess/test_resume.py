@@ -1,5 +1,6 @@
 """An interrupted run ends with the bits of one that was not, on the same number of ranks."""
 
+import json
 import signal
 from pathlib import Path
 
@@ -18,13 +19,13 @@ from pipeline.world import World
 from tests.multiprocess.ranks import run_ranks
 
 
-def config(shards: Path, directory: Path, name: str, world: int) -> Config:
+def config(shards: Path, directory: Path, name: str, world: int, *overrides: str) -> Config:
     composed = compose_config(
         ["recipe=bn_x5", "data=folder", f"data.root={shards}", f"run.dir={directory}", f"run.id={name}",
          "data.image_size=16", "model.stem=small", "model.width=0.125", "data.global_batch_size=24",
          "trainer.max_epochs=3", "trainer.threads=1", "tracking.every_steps=1", "tracking.mode=disabled",
          "norm.precise_images=48", "cluster.accelerator=cpu", f"cluster.devices={world}", "ledger=true",
-         "trainer.checkpoint_every_steps=4", "trainer.keep_checkpoints=99"]
+         "trainer.checkpoint_every_steps=4", "trainer.keep_checkpoints=99", *overrides]
     )  # fmt: skip
     return open_run(settled(composed))
 
@@ -78,6 +79,50 @@ def test_an_interrupted_run_is_the_same_run(shards, tmp_path, world, stop_at):
     for rank in range(world):
         ledgers = [(c.directory / "ledger" / f"rank-{rank}.jsonl").read_text() for c in (whole, again)]
         assert ledgers[0] == ledgers[1]
+
+
+def keys(config: Config, world: int) -> list[list[str]]:
+    """The samples of every step over all ranks, in the order of the global batch."""
+    ledgers = [(config.directory / "ledger" / f"rank-{r}.jsonl").read_text().splitlines() for r in range(world)]
+    return [sorted(key for line in step for key in json.loads(line)["keys"]) for step in zip(*ledgers, strict=True)]
+
+
+def train_on(shards: Path, directory: Path, name: str, world: int, stop_at: int, *overrides: str) -> Config:
+    settings = config(shards, directory, name, world, "trainer.precision=64", *overrides)
+    run_ranks(world, train_rank, settings, stop_at)
+    return settings
+
+
+@pytest.mark.parametrize(("before", "after"), [(0, 5), (5, 0), (7, 4)])
+def test_another_micro_batch_goes_on_at_the_next_sample(shards, tmp_path, before, after):
+    whole = keys(train_on(shards, tmp_path, "whole", 1, 0), 1)
+    train_on(shards, tmp_path, "broken", 1, 7, f"data.micro_batch_size={before}")
+    again = train_on(shards, tmp_path, "broken", 1, 0, f"data.micro_batch_size={after}")
+    assert keys(again, 1) == whole
+    assert [row[:2] for row in journal(again.directory)] == [row[:2] for row in journal(tmp_path / "whole")]
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 3), (3, 1)])
+def test_another_number_of_ranks_goes_on_at_the_next_sample(shards, tmp_path, before, after):
+    whole = keys(train_on(shards, tmp_path, "whole", 1, 0), 1)
+    first = keys(train_on(shards, tmp_path, "broken", before, 7), before)
+    for ledger in (tmp_path / "broken" / "ledger").iterdir():
+        ledger.unlink()
+    again = train_on(shards, tmp_path, "broken", after, 0)
+    assert first + keys(again, after) == whole
+    losses, expected = ([row[2] for row in journal(tmp_path / name)] for name in ("broken", "whole"))
+    assert losses == pytest.approx(expected, abs=1e-9)
+
+
+def test_a_run_cut_by_max_steps_goes_on_in_the_middle_of_the_epoch(shards, tmp_path):
+    whole = train_on(shards, tmp_path, "whole", 1, 0)
+    short = train_on(shards, tmp_path, "short", 1, 0, "trainer.max_steps=8")
+    assert checkpoints(short.directory / "checkpoints")[-1].name == "step-00000008.ckpt"
+    assert journal(short.directory)[-1][:2] == (8, "val")  # the last step is validated, wherever it falls
+    again = train_on(shards, tmp_path, "short", 1, 0)
+    assert keys(again, 1) == keys(whole, 1)
+    for name, value in final(whole.directory)["state_dict"].items():
+        assert torch.equal(value, final(again.directory)["state_dict"][name]), name
 
 
 def test_a_finished_run_resumed_does_nothing_more(shards, tmp_path):
