@@ -29,17 +29,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = _code_of(error)
         if code is None:
             raise
-        print(f"pipeline: {error}", file=sys.stderr)
+        print(f"pipeline: {_line_of(error)}", file=sys.stderr)
         return code
 
 
 def train(options: argparse.Namespace) -> int:
-    from pipeline.config import compose_config, to_yaml
+    from pipeline.config import ConfigError, compose_config, to_yaml
     from pipeline.world import World
 
     if World.is_launched():  # one process of several: the config is frozen
         return _train_here(_of_run(_frozen(options.words)))
     files = [word for word in options.words if word.endswith((".yaml", ".yml")) and "=" not in word]
+    if len(files) > 1:
+        raise ConfigError(f"{files[1]} is a second config; give one RUN/config.yaml, and key=value behind it")
     overrides = [word for word in options.words if word not in files]
     config = _of_run(Path(files[0]), overrides) if files else compose_config(overrides)
     if options.print_config:
@@ -150,7 +152,7 @@ def settled(config: Config) -> Config:
     """The config with what its data set decides: packed on first use, classes counted, digest noted."""
     from pipeline.config import ConfigError, completed
     from pipeline.data.preparation import ready_data
-    from pipeline.data.shards import DataError
+    from pipeline.data.shards import DataError, load_split
 
     data = config.data
     manifest = ready_data(Path(data.root), source=data.source)
@@ -164,6 +166,18 @@ def settled(config: Config) -> Config:
             "lower it"
         )
     classes = data.num_classes or len(manifest.classes)
+    for split in ("train", "val"):  # labels within the classes, shards as the manifest lists them
+        load_split(Path(data.root), manifest, split, classes)
+    if config.model.name not in (
+        "bn_inception",
+        "inception",
+    ):  # torchvision's list takes seconds
+        from pipeline.models.registry import check_name
+
+        try:
+            check_name(config.model.name)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
     return completed(config, data={"num_classes": classes, "digest": manifest.digest})
 
 
@@ -216,7 +230,7 @@ def _launch_here(config: Config, arguments: list[str]) -> int:
     if config.cluster.nodes > 1:
         raise ConfigError(
             f"cluster.nodes = {config.cluster.nodes}: one machine cannot start several; "
-            "start every node with torchrun or srun, or set cluster.nodes=1"
+            "start torchrun on every node with RUN/config.yaml, or set cluster.nodes=1"
         )
     return run_processes(
         arguments, processes=config.cluster.devices, threads=config.trainer.threads, logs=config.directory / "logs"
@@ -262,7 +276,17 @@ def _spread(values: tuple[int, int, int]) -> str:
 def _code_of(error: Exception) -> int | None:
     """The exit code of an error that is the user's to mend, or None for one that is ours."""
     names = {kind.__name__ for kind in type(error).__mro__}  # by name: their modules may not be imported
+    if isinstance(error, OSError) and error.filename is not None:
+        return FAILED  # no space, no permission, no such place
     return USAGE if "ConfigError" in names else BAD_DATA if "DataError" in names else None
+
+
+def _line_of(error: Exception) -> str:
+    """The message itself: a data worker's comes wrapped in its traceback."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    text = str(error).strip()
+    return text.rpartition("DataError: ")[2] if "Original Traceback" in text else text
 
 
 def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -312,8 +336,8 @@ def _parser() -> argparse.ArgumentParser:
         lambda p: (
             p.add_argument("source", help="class folders, a zip of them, or the directory of the ILSVRC2012 tars"),
             p.add_argument("root", help="directory for the shards"),
-            p.add_argument("--samples-per-shard", type=int, default=1000, metavar="N"),
-            p.add_argument("--workers", type=int, default=1, metavar="N", help="processes; the same bytes"),
+            p.add_argument("--samples-per-shard", type=_count, default=1000, metavar="N"),
+            p.add_argument("--workers", type=_count, default=1, metavar="N", help="processes; the same bytes"),
             p.add_argument("--seed", type=int, default=0, help="of the order in the shards"),
             p.add_argument("--holdout", type=float, default=0.0, metavar="F",
                            help="without a val/ folder: the fraction of each class to validate on"),
@@ -325,7 +349,7 @@ def _parser() -> argparse.ArgumentParser:
         lambda p: (
             p.add_argument("root", help="directory of the shards"),
             p.add_argument("--decode", action="store_true", help="decode every image, too"),
-            p.add_argument("--workers", type=int, default=2, metavar="N", help="shards read at a time"),
+            p.add_argument("--workers", type=_count, default=2, metavar="N", help="shards read at a time"),
         ),
     )  # fmt: skip
     _add(
@@ -338,6 +362,13 @@ def _parser() -> argparse.ArgumentParser:
         ),
     )  # fmt: skip
     return parser
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} must be at least 1")
+    return number
 
 
 def _add(verbs: argparse._SubParsersAction[argparse.ArgumentParser], name: str, verb: Callable[..., int],

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -61,8 +62,8 @@ class ModelConfig:
 class NormConfig:
     """Which ranks share batch statistics, and how population statistics are kept."""
 
-    group_size: int = 0  # ranks that share statistics; 0 = all, 1 = each its own
-    momentum: float = 0.1  # weight of the new batch (torch's sense)
+    group_size: int | str = 0  # ranks that share statistics; 0 = all, 1 = each its own, node = those of a node
+    momentum: float = 0.1  # weight of the new batch (torch's sense); torchvision's networks keep their own, and eps
     eps: float = 1e-3
     precise_images: int = 8192  # training images for population statistics before a validation; 0 = running average
 
@@ -220,6 +221,8 @@ def read_config(path: Path, overrides: Iterable[str] = ()) -> Config:
     """The frozen config of a run, with overrides of single keys. Raises ConfigError."""
     try:
         loaded = OmegaConf.load(path)
+        if not OmegaConf.is_dict(loaded):
+            raise ConfigError(f"{path} holds no keys; give the config.yaml of a run")
         for override in overrides:
             _check_override(override)
             if override.split("=")[0] in AXES:
@@ -294,10 +297,10 @@ def checked(config: Config) -> Config:
     _choice("tracking.mode", c.tracking.mode, ("auto", "online", "offline", "disabled"))
     flat = _flat(dataclasses.asdict(c))
     for key, least in _LEAST.items():
-        if flat[key] is not None and flat[key] < least:
+        if flat[key] is not None and not flat[key] >= least:
             raise ConfigError(f"{key} = {flat[key]} is too small; it must be at least {least}")
     for key in _POSITIVE:
-        if flat[key] <= 0:
+        if not flat[key] > 0 or math.isinf(flat[key]):
             raise ConfigError(f"{key} = {flat[key]} must be positive")
     for key, (low, high) in _BETWEEN.items():
         if flat[key] is not None and not low <= flat[key] <= high:
@@ -305,7 +308,9 @@ def checked(config: Config) -> Config:
     for key in ("data.mean", "data.std"):
         if len(flat[key]) != 3 or (key == "data.std" and min(flat[key]) <= 0):
             raise ConfigError(f"{key} = {flat[key]} must be three numbers, of red, green and blue; std above 0")
-    size = c.norm.group_size
+    size = c.cluster.devices if c.norm.group_size == "node" else c.norm.group_size
+    if not isinstance(size, int) or size < 0:
+        raise ConfigError(f'norm.group_size = {size!r} is not offered; give a number of ranks, 0 for all, or "node"')
     if size and c.world % size:
         divisors = [g for g in range(1, c.world + 1) if c.world % g == 0]
         raise ConfigError(
@@ -320,7 +325,7 @@ def checked(config: Config) -> Config:
 
 
 _LEAST = {
-    "seed": 0, "norm.group_size": 0, "norm.precise_images": 0, "data.num_classes": 0, "data.image_size": 1,
+    "norm.precise_images": 0, "data.num_classes": 0, "data.image_size": 1,
     "data.global_batch_size": 1, "data.micro_batch_size": 0, "data.window": 0, "optimizer.rate_batch_size": 1,
     "optimizer.weight_decay": 0, "schedule.warmup_epochs": 0, "loss.auxiliary_weight": 0, "trainer.max_epochs": -1,
     "trainer.max_steps": -1, "trainer.threads": 0, "trainer.validate_every_epochs": 0,
@@ -332,7 +337,8 @@ _POSITIVE = (
     "schedule.decay_epochs", "cluster.timeout_minutes",
 )  # fmt: skip
 _BETWEEN = {
-    "model.dropout": (0, 0.999), "norm.momentum": (0, 1), "data.evaluation_crop": (0.05, 1), "augment.area_min": (0, 1),
+    "seed": (0, 2**32 - 1), "model.dropout": (0, 0.999),
+    "norm.momentum": (0, 1), "data.evaluation_crop": (0.05, 1), "augment.area_min": (0, 1),
     "optimizer.momentum": (0, 0.9999), "loss.label_smoothing": (0, 0.999),
 }  # fmt: skip
 
@@ -390,6 +396,7 @@ def _type_of(dotted: str) -> str:
 
 _WORDS = {
     "int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "str | None": "text or null",
+    "int | str": "a whole number, or node",
     "float | None": "a number or null", "list[float]": "a list of numbers, [1, 2, 3]", "list[str]": "a list, [a, b]",
 }  # fmt: skip
 

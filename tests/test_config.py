@@ -101,6 +101,9 @@ def test_config_survives_its_file(tmp_path):
         ("run.id=a=b", ["'run.id=a=b' cannot be read; put quotes around the value"]),
         ("run.id=../x", ["run.id = '../x' is a path; give a name"]),
         ("model=3", ["model is not a key"]),
+        ("seed=4294967296", ["seed = 4294967296 must lie between 0 and 4294967295"]),
+        ("optimizer.rate=nan", ["optimizer.rate = nan must be positive"]),
+        ("norm.group_size=rack", ["norm.group_size = 'rack' is not offered", '"node"']),
     ],
 )
 def test_a_wrong_override_is_one_line_with_field_value_rule_and_way_out(override, parts):
@@ -112,6 +115,11 @@ def test_a_group_size_that_does_not_divide_is_refused_where_the_user_types():
     assert refused("norm.group_size=3", "cluster.devices=8") == (
         "norm.group_size = 3 does not divide the world of 8 ranks; choose one of [1, 2, 4, 8], or 0 for all"
     )
+
+
+def test_statistics_may_be_those_of_a_node():
+    config = compose_config(["norm.group_size=node", "cluster.devices=4", "cluster.nodes=2"])
+    assert config.norm.group_size == "node"
 
 
 def test_a_run_needs_an_end():
@@ -138,7 +146,12 @@ def test_identity_and_circumstance_are_told_apart():
 
 def test_a_broken_config_file_is_named(tmp_path):
     path = tmp_path / "config.yaml"
-    for text, message in (("a: [", "config.yaml: "), ("schema: 9", "schema = 9, this version reads 1"), ("", "schema")):
+    for text, message in (
+        ("a: [", "config.yaml: "),
+        ("- 1", "holds no keys"),
+        ("schema: 9", "schema = 9, this version reads 1"),
+        ("", "schema"),
+    ):
         path.write_text(text)
         with pytest.raises(ConfigError, match=message):
             read_config(path)

@@ -29,7 +29,7 @@ COLUMNS = [f.name for f in fields(Row)]
 
 
 class Journal:
-    """Appends rows to a csv, each on disk before the next step; floats keep all their digits."""
+    """Appends rows to a csv, each handed to the system before the next step; floats keep all their digits."""
 
     def __init__(self, path: Path, *, from_step: int):
         """Continue after step `from_step`: rows of later steps were undone with their steps, and are cut."""
@@ -40,10 +40,13 @@ class Journal:
             writer.writeheader()
             writer.writerows(_text(row) for row in kept)
         temporary.replace(path)
+        self._seen = {(row.step, row.split) for row in kept}
         self._file: TextIO = path.open("a", newline="")
         self._writer = csv.DictWriter(self._file, COLUMNS)
 
     def append(self, row: Row) -> None:
+        if (row.step, row.split) in self._seen:  # a finished run that is started again repeats its last validation
+            return
         self._writer.writerow(_text(row))
         self._file.flush()
 

@@ -23,9 +23,11 @@ class Ledger(lightning.Callback):
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self._step = trainer.global_step
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
-        kept = [line for line in lines if json.loads(line)["step"] <= self._step]  # later steps are trained again
-        self.path.write_text("".join(line + "\n" for line in kept))
+        _cut(self.path, self._step)
+        if trainer.is_global_zero:  # files of ranks that this start does not have
+            for path in self.path.parent.glob("rank-*.jsonl"):
+                if int(path.stem.partition("-")[2]) >= trainer.world_size:
+                    _cut(path, self._step)
 
     def on_train_batch_end(
         self,
@@ -42,3 +44,17 @@ class Ledger(lightning.Callback):
             with self.path.open("a") as file:
                 file.write(json.dumps(line) + "\n")
             self._samples = []
+
+
+def _cut(path: Path, last_step: int) -> None:
+    """Take out what will be trained again, and a last line that a crash cut short."""
+    kept = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            if json.loads(line)["step"] <= last_step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError):
+            continue
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text("".join(kept))
+    temporary.replace(path)

@@ -44,7 +44,8 @@ class ProgressReport(lightning.Callback):
             self._printed = now
             done = trainer.global_step - self._first_step
             left = (now - self._started) / max(done, 1) * (self.steps - trainer.global_step)
-            self.console.print(f"step {trainer.global_step}/{self.steps}  {self._figures()}  {left / 60:.1f} min left")
+            self.console.print(f"step {trainer.global_step}/{self.steps}  {self._figures()}  {left / 60:.1f} min left",
+                               soft_wrap=True)  # fmt: skip
 
     def on_validation_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self._bar.update(self._task, figures="population statistics and validation ...")
@@ -58,6 +59,7 @@ class ProgressReport(lightning.Callback):
             f"epoch {row.epoch:.2f}  step {row.step}  validation top-1 {row.top1:.2%}  top-5 {row.top5:.2%}  "
             f"loss {row.loss:.4f}  ({row.images} images)",
             highlight=False,
+            soft_wrap=True,
         )
 
     def close(self) -> None:

@@ -18,21 +18,20 @@ class Throughput(lightning.Callback):
 
     def restart(self, step: int) -> None:
         """Begin a new interval at this step."""
-        self._since, self._waited, self._step = time.perf_counter(), 0.0, step
-        self._batch_ended: float | None = None
+        self._since = self._batch_ended = time.perf_counter()
+        self._waited, self._step = 0.0, step
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self.started = time.perf_counter()
+        self.restart(trainer.global_step)
 
     def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self.restart(trainer.global_step)
-        self._batch_ended = time.perf_counter()
 
     def on_train_batch_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if self._batch_ended is not None:
-            self._waited += time.perf_counter() - self._batch_ended
+        self._waited += time.perf_counter() - self._batch_ended
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -18,6 +18,10 @@ from pipeline.evaluation.metrics import Scores
 from pipeline.training.classifier import Classifier
 
 
+class TrackingError(Exception):
+    """W&B cannot be had as asked for."""
+
+
 class Reporter(Protocol):
     """Takes rows as they come."""
 
@@ -37,10 +41,22 @@ class Tracking(lightning.Callback):
         self.throughput, self.every_steps, self.reporters = throughput, every_steps, reporters
         self.epochs_per_step = global_batch_size / images
         self.validated_step = -1  # the step of the last validation
+        self._classifier: Classifier | None = None
+        self._open_sums: list[float] | None = None
         self._step = 0
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        self._step = trainer.global_step
+        assert isinstance(pl_module, Classifier)
+        self._step, self._classifier = trainer.global_step, pl_module
+        if self._open_sums is not None and trainer.is_global_zero:
+            pl_module.resume_training_scores(self._open_sums)
+
+    def state_dict(self) -> dict[str, list[float]]:
+        # What was trained on since the last row, over all ranks: the next row is to cover it, too. A collective.
+        return {"open_sums": self._classifier.open_training_sums() if self._classifier else []}
+
+    def load_state_dict(self, state_dict: dict[str, list[float]]) -> None:
+        self._open_sums = state_dict["open_sums"] or None
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -91,7 +107,8 @@ class WandbReporter:
             self.run = self._init(place, directory, config)
         except (wandb.errors.CommError, wandb.errors.UsageError) as error:
             if mode == "online":
-                raise
+                reason = str(error).splitlines()[0]
+                raise TrackingError(f"{reason}; set WANDB_API_KEY, or choose tracking.mode=offline") from None
             self.mode = f"offline ({str(error).splitlines()[0]})"
             self.run = self._init(place, directory, config)
         self.run.define_metric("step")
@@ -100,7 +117,7 @@ class WandbReporter:
     def _init(self, place: WandbPlace, directory: Path, config: dict[str, Any]) -> Any:
         return wandb.init(
             id=place.id, name=place.name, project=place.project, entity=place.entity, group=place.group,
-            tags=list(place.tags), dir=str(directory), config=config, resume="allow",
+            tags=list(place.tags), dir=str(directory.resolve()), config=config, resume="allow",
             mode=self.mode.partition(" ")[0],  # type: ignore[arg-type]
             settings=wandb.Settings(init_timeout=60, console="off"),
         )  # fmt: skip
@@ -130,4 +147,6 @@ def _has_key() -> bool:
     except (OSError, netrc.NetrcParseError):
         return False
     service = os.environ.get("WANDB_BASE_URL", "")
-    return any("wandb" in host or (service and host in service) for host in hosts)
+    return any(
+        "wandb" in host or host.endswith("forge.coreweave.com") or (service and host in service) for host in hosts
+    )

@@ -7,6 +7,7 @@ torch's DataLoader may use any number of workers without changing what is traine
 from __future__ import annotations
 
 import math
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,10 +164,23 @@ class _EvaluationShares(Dataset[Batch]):
 class ImageData(lightning.LightningDataModule):
     """Training and validation loaders of one packed data set. Raises DataError."""
 
-    def __init__(self, root: Path, *, num_classes: int, augment: Augmentation, crop: CentreCrop, batching: Batching):
+    def __init__(
+        self,
+        root: Path,
+        *,
+        num_classes: int,
+        augment: Augmentation,
+        crop: CentreCrop,
+        batching: Batching,
+        digest: str = "",
+    ):
         super().__init__()
         self.root, self.num_classes, self.augment, self.crop, self.batching = root, num_classes, augment, crop, batching
         self.manifest = read_manifest(root)
+        if digest and digest != self.manifest.digest:
+            raise DataError(
+                f"data.root = {root} holds another data set here than where the run was started; copy that one"
+            )
         self._images: dict[str, _Images] = {}
         self.train_loader = TrainLoader(self._split("train"), augment, batching)
 
@@ -200,5 +214,13 @@ class ImageData(lightning.LightningDataModule):
 
 
 def _loader(dataset: Dataset[Batch], numbers: range, workers: int) -> DataLoader[Batch]:
-    options: dict[str, Any] = {"prefetch_factor": 4, "multiprocessing_context": "forkserver"} if workers else {}
+    options: dict[str, Any] = {}
+    if workers:
+        options = {"prefetch_factor": 4, "multiprocessing_context": "forkserver", "worker_init_fn": _leave_signals}
     return DataLoader(dataset, batch_size=None, sampler=list(numbers), num_workers=workers, **options)
+
+
+def _leave_signals(worker: int) -> None:
+    """A worker goes on through Ctrl-C and the like, until the process it serves has saved and ends it."""
+    for number in (signal.SIGINT, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)

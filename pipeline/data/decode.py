@@ -9,8 +9,10 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-# A photograph of more than 178 million pixels is refused by Pillow: a small file may not unpack to gigabytes.
 Pixels = NDArray[np.uint8]
+
+# Pillow's own limit, beyond which it refuses: a small file may not unpack to gigabytes.
+MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 89_478_485)
 
 _SIGNATURES = ((b"\xff\xd8\xff", "jpg"), (b"\x89PNG\r\n\x1a\n", "png"))
 
@@ -35,13 +37,17 @@ def decode(payload: bytes) -> Pixels:
     """
     if payload.startswith(b"\xff\xd8\xff"):
         try:
-            if simplejpeg.decode_jpeg_header(payload)[2] in ("Gray", "YCbCr", "RGB"):
+            height, width, colours, _ = simplejpeg.decode_jpeg_header(payload)
+            if colours in ("Gray", "YCbCr", "RGB") and height * width <= MAX_PIXELS:
                 pixels: Pixels = simplejpeg.decode_jpeg(payload, colorspace="RGB")
                 return pixels
         except ValueError:
             pass  # Pillow decides, and says what is wrong
     try:
         with Image.open(io.BytesIO(payload), formats=("JPEG", "PNG", "WEBP")) as image:
+            if image.mode.startswith("I"):  # 16 bits a pixel: Pillow would clip them to 255, not scale them
+                grey = (np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8)
+                return np.repeat(grey[:, :, None], 3, axis=2)
             if image.mode not in ("RGBA", "LA", "PA") and "transparency" not in image.info:
                 return np.asarray(image.convert("RGB"))
             rgba = image.convert("RGBA")

@@ -50,6 +50,7 @@ class Index:
     """Where each sample of one shard lies. Lists run in the order of the tar."""
 
     shard: str
+    count: int  # samples
     bytes: int
     sha256: str  # of the whole tar
     plan: str  # hash of what was to be written, by which an interrupted write goes on
@@ -104,8 +105,8 @@ def read_index(shard: Path) -> tuple[Index, str]:
         lengths = {len(column) for column in (index.key, index.label, index.offset, index.length, index.digest)}
     except TypeError as error:
         raise DataError(f"{path}: not a shard index ({error}); write the shards again") from None
-    if len(lengths) != 1:
-        raise DataError(f"{path}: its columns have different lengths {sorted(lengths)}; write the shards again")
+    if lengths != {index.count}:
+        raise DataError(f"{path}: count = {index.count}, its columns hold {sorted(lengths)}; write the shards again")
     return index, checksum
 
 

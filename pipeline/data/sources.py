@@ -40,6 +40,7 @@ class Source:
 
     classes: list[ClassName]
     splits: dict[str, list[Sample]]
+    remarks: tuple[str, ...] = ()  # what was left out
 
 
 def open_source(location: str, holdout: float = 0.0) -> Source:
@@ -54,7 +55,11 @@ def open_source(location: str, holdout: float = 0.0) -> Source:
         return Source([ClassName(str(d), str(d)) for d in range(10)], {})  # drawn by `digits`
     if not path.exists():
         raise DataError(f"source {path} does not exist; give class folders, a zip of them, or the ILSVRC2012 tars")
+    if not 0 <= holdout < 1:
+        raise DataError(f"--holdout {holdout} must lie between 0 and 1; 0.1 holds out a tenth of each class")
     if path.is_dir() and (path / ILSVRC_TRAIN).exists():
+        if holdout:
+            raise DataError(f"--holdout {holdout}: ILSVRC2012 has validation images of its own; leave it out")
         return _ilsvrc(path)
     if path.is_dir():
         return _class_folders(_folder_files(path), _folders(path), str(path), holdout)
@@ -110,7 +115,11 @@ def _folder_files(root: Path) -> list[File]:
 
 def _zip_files(path: Path) -> tuple[list[File], list[PurePosixPath]]:
     files, folders = [], []
-    with zipfile.ZipFile(path) as archive:
+    try:
+        archive = zipfile.ZipFile(path)
+    except zipfile.BadZipFile as error:
+        raise DataError(f"{path}: {error}; the zip is damaged, fetch it again") from None
+    with archive:
         for info in archive.infolist():
             below = PurePosixPath(info.filename)
             if _hidden(below):
@@ -123,8 +132,9 @@ def _zip_files(path: Path) -> tuple[list[File], list[PurePosixPath]]:
 
 
 def _class_folders(files: list[File], folders: list[PurePosixPath], where: str, holdout: float) -> Source:
+    files, folders, remarks = _one_validation_folder(files, folders, where)
     named = {f[0].parts[0] for f in files if len(f[0].parts) > 1} | {f.parts[0] for f in folders}
-    with_splits = bool(named & {"train", "training"}) and named <= {*SPLITS, "training"}
+    with_splits = "train" in named and named <= set(SPLITS)
     depth = 1 if with_splits else 0
     stray = [f[0] for f in files if len(f[0].parts) < depth + 2]
     if stray:
@@ -144,9 +154,28 @@ def _class_folders(files: list[File], folders: list[PurePosixPath], where: str, 
         split = SPLITS.get(below.parts[0], "train") if with_splits else "train"
         sample = Sample(str(below), label_of[below.parts[depth]], file, 0, length, member)
         splits.setdefault(split, []).append(sample)
-    if "val" not in splits and holdout:
+    if holdout and "val" in splits:
+        raise DataError(f"--holdout {holdout}: {where} has validation images of its own; leave it out")
+    if holdout:
         splits = _held_out(splits["train"], holdout, len(ids))
-    return Source([ClassName(name, name) for name in ids], splits)
+    return Source([ClassName(name, name) for name in ids], splits, remarks)
+
+
+def _one_validation_folder(
+    files: list[File], folders: list[PurePosixPath], where: str
+) -> tuple[list[File], list[PurePosixPath], tuple[str, ...]]:
+    """Of val/, validation/ and test/ the first: images of two of them may not be mixed into one score."""
+    tops = {f[0].parts[0] for f in files}
+    evaluated = [name for name in ("val", "validation", "test") if name in tops]
+    if "train" not in tops or len(evaluated) < 2:
+        return files, folders, ()
+    spare = evaluated[1:]
+    remark = f"{where}: validating on {evaluated[0]}/; {' and '.join(s + '/' for s in spare)} left out"
+    return (
+        [f for f in files if f[0].parts[0] not in spare],
+        [f for f in folders if f.parts[0] not in spare],
+        (remark,),
+    )
 
 
 def _held_out(samples: list[Sample], fraction: float, classes: int) -> dict[str, list[Sample]]:

@@ -11,10 +11,13 @@ import hashlib
 import json
 import multiprocessing
 import os
+import signal
 import tarfile
+import threading
 import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -62,6 +65,7 @@ def write_shards(
     seed: int = 0,
     holdout: float = 0.0,
     progress: Progress = lambda done, total: None,
+    say: Callable[[str], None] = print,
 ) -> Manifest:
     """Pack the source at `location` (see sources.open_source) into root; goes on where an earlier call stopped.
 
@@ -71,16 +75,22 @@ def write_shards(
         raise DataError(f"--samples-per-shard {samples_per_shard} must be at least 1; 1000 is usual for photographs")
     if root.is_file():
         raise DataError(f"{root} is a file; give a directory for the shards")
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"{root}: {error.strerror}; give a directory that can be written") from None
     source = _digits_source(root) if location == DIGITS else open_source(location, holdout)
+    for remark in source.remarks:
+        say(remark)
     try:
         jobs = list(_jobs(source, root, samples_per_shard, seed))
         plan = hashlib.sha256("".join(job.plan for job in jobs).encode()).hexdigest()
         if (root / MANIFEST).exists():
             manifest = read_manifest(root)
-            if manifest.plan == plan:
+            if manifest.plan != plan:
+                raise DataError(f"{root} holds another data set; give an empty directory, or remove that one")
+            if all(_is_done(job) for job in jobs):
                 return manifest
-            raise DataError(f"{root} holds another data set; give an empty directory, or remove that one")
-        root.mkdir(parents=True, exist_ok=True)
         for leftover in root.glob(".*.tmp"):
             leftover.unlink()
         _write_all(jobs, workers, progress)
@@ -114,7 +124,8 @@ def _write_all(jobs: list[Job], workers: int, progress: Progress) -> None:
         return
     # spawn: the caller may hold threads, which a fork would copy in the middle of their work.
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        futures = [pool.submit(_write_shard, job) for job in waiting]
+        with _ignoring_interrupts():  # which the processes inherit: Ctrl-C lets them end their shard
+            futures = [pool.submit(_write_shard, job) for job in waiting]
         try:
             for future in as_completed(futures):
                 done += future.result()
@@ -122,6 +133,18 @@ def _write_all(jobs: list[Job], workers: int, progress: Progress) -> None:
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+@contextmanager
+def _ignoring_interrupts() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 def _is_done(job: Job) -> bool:
@@ -209,7 +232,7 @@ def index_shard(path: Path, name: str, plan: str = "") -> Index:
                 numbers["offset"].append(member.offset_data)
                 numbers["length"].append(member.size)
     return Index(
-        shard=name, bytes=path.stat().st_size, sha256=file_sha256(path), plan=plan,
+        shard=name, count=len(columns["key"]), bytes=path.stat().st_size, sha256=file_sha256(path), plan=plan,
         key=columns["key"], digest=columns["digest"], **numbers,
     )  # fmt: skip
 
@@ -229,7 +252,6 @@ def _digits_file(root: Path) -> Path:
 
 def _digits_source(root: Path) -> Source:
     """The digits as a zip of class folders, which is then packed like any other."""
-    root.mkdir(parents=True, exist_ok=True)
     with zipfile.ZipFile(_digits_file(root), "w") as archive:
         for split, name, label, png in digits():
             archive.writestr(f"{split}/{label}/{name}.png", png)

@@ -40,12 +40,17 @@ class Sums:
 
     def merged(self) -> Scores:
         """Scores over the images of all ranks. A collective, and a wait for the device."""
+        loss, top1, top5, seen = self.totals()
+        divisor = max(seen, 1)
+        return Scores(loss / divisor, top1 / divisor, top5 / divisor, round(seen))
+
+    def totals(self) -> list[float]:
+        """The sums over all ranks. A collective, and a wait for the device."""
         total_4 = self.values_4.clone()
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(total_4)
-        loss, top1, top5, seen = total_4.tolist()
-        divisor = max(seen, 1)
-        return Scores(loss / divisor, top1 / divisor, top5 / divisor, round(seen))
+        values: list[float] = total_4.tolist()
+        return values
 
     def reset(self) -> None:
         self.values_4.zero_()

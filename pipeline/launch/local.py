@@ -70,12 +70,15 @@ def _wait(ranks: list[subprocess.Popen[bytes]], logs: Path) -> int:
             time.sleep(0.05)
             if failed is None and (failed := _failure(ranks, signalled=signalled)) is not None:
                 deadline = min(deadline, time.monotonic() + _GRACE_SECONDS)
-            elif any(process.poll() is not None for process in ranks):
-                deadline = min(deadline, time.monotonic() + LEAD_SECONDS)  # ranks end together, or not at all
+            elif any(process.poll() == RESUMABLE for process in ranks):
+                deadline = min(deadline, time.monotonic() + LEAD_SECONDS)  # ranks are interrupted together
             if time.monotonic() > deadline:
                 for process in ranks:
                     process.kill()
-        if failed is None and (failed := _failure(ranks, signalled=signalled)) is None:
+        # Of several failures, one that knew why: the others lose their connection to it and fail in turn.
+        explained = [rank for rank, process in enumerate(ranks) if process.returncode in EXPLAINED]
+        failed = explained[0] if explained else _failure(ranks, signalled=signalled) if failed is None else failed
+        if failed is None:
             return RESUMABLE if any(process.returncode for process in ranks) else 0
     finally:
         for number, handler in previous.items():
@@ -90,13 +93,9 @@ def _wait(ranks: list[subprocess.Popen[bytes]], logs: Path) -> int:
 
 
 def _failure(ranks: list[subprocess.Popen[bytes]], *, signalled: bool) -> int | None:
-    """A rank that ended otherwise than done or resumable; after a signal of ours, dying of it counts as resumable.
-
-    Of several, one that knew why: the others lose their connection to it and fail in turn.
-    """
+    """A rank that ended otherwise than done or resumable; after a signal of ours, dying of it counts as resumable."""
     accepted = {None, 0, RESUMABLE, *(-number for number in FORWARDED if signalled)}
-    failed = [rank for rank, process in enumerate(ranks) if process.poll() not in accepted]
-    return min(failed, key=lambda rank: (ranks[rank].returncode not in EXPLAINED, rank), default=None)
+    return next((rank for rank, process in enumerate(ranks) if process.poll() not in accepted), None)
 
 
 def _tail(path: Path, lines: int = 20) -> str:

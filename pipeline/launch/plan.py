@@ -17,7 +17,7 @@ STARTED = "metrics.csv"  # without it a run has not begun, and may still become 
 
 @dataclass(slots=True)
 class RunRecord:
-    """run.json: what must outlive processes. wandb_id: the run's place in W&B. starts: when, and on how many ranks."""
+    """run.json: what must outlive processes. wandb_id: the run's place in W&B. starts: when and where."""
 
     wandb_id: str
     starts: list[dict[str, object]] = field(default_factory=list)
@@ -35,6 +35,8 @@ def open_run(config: Config) -> Config:
     """
     if not config.run.id:
         config = completed(config, run={"id": new_run_id(config)})
+        while config.directory.exists():  # another run began in this second
+            config = completed(config, run={"id": f"{new_run_id(config)}-{secrets.token_hex(2)}"})
     directory = config.directory
     if (directory / CONFIG).exists() and (directory / STARTED).exists():
         frozen = read_config(directory / CONFIG)
@@ -53,13 +55,26 @@ def open_run(config: Config) -> Config:
         directory.mkdir(parents=True, exist_ok=True)
         _write(directory / CONFIG, to_yaml(config))
         record = read_record(directory) if (directory / RECORD).exists() else RunRecord(wandb_id=secrets.token_hex(4))
-        record.starts.append({"at": datetime.now(tz=UTC).isoformat(timespec="seconds"), "world": config.world})
+        record.starts.append({"at": datetime.now(tz=UTC).isoformat(timespec="seconds"), **_circumstance(config)})
         _write(directory / RECORD, json.dumps(asdict(record), indent=2) + "\n")
     except OSError as error:
         raise ConfigError(
             f"run.dir = {config.run.dir}: {error.strerror} ({error.filename}); choose a directory that can be written"
         ) from None
     return config
+
+
+def _circumstance(config: Config) -> dict[str, object]:
+    """Where this start of the run happens."""
+    return {
+        "world": config.world,
+        "nodes": config.cluster.nodes,
+        "accelerator": config.cluster.accelerator,
+        "workers": config.cluster.workers,
+        "micro_batch_size": config.data.micro_batch_size,
+        "max_epochs": config.trainer.max_epochs,
+        "max_steps": config.trainer.max_steps,
+    }
 
 
 def read_record(directory: Path) -> RunRecord:

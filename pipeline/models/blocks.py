@@ -79,7 +79,7 @@ class Widths(NamedTuple):
 class Inception(nn.Module):
     """1x1 | 1x1 -> 3x3 | 1x1 -> 3x3 -> 3x3 | pool -> 1x1, concatenated in this order."""
 
-    def __init__(self, inputs: int, widths: Widths, style: Style, *, count_padding: bool = False):
+    def __init__(self, inputs: int, widths: Widths, style: Style):
         super().__init__()
         w = widths
         stride = 1 if w.projection else 2
@@ -95,7 +95,7 @@ class Inception(nn.Module):
         elif w.pool == "max":
             self.pool = nn.MaxPool2d(3, stride=1, padding=1)
         else:
-            self.pool = nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=count_padding)
+            self.pool = nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False)
         self.projection = Unit(inputs, w.projection, 1, style) if w.projection else None
         self.outputs = w.conv1 + w.conv3 + w.conv33 + (w.projection or inputs)
 
@@ -117,12 +117,13 @@ class SampleDropout(nn.Module):
     """Dropout whose mask is a function of (sample key, layer, feature): the same for any split over ranks.
 
     `set_sample_keys` hands over one int64 key per image before a training forward pass; the layer
-    number tells several such layers of a model apart. Input (N, *).
+    number tells several such layers of a model apart. whole: an image's features are dropped together
+    (stochastic depth). Input (N, *).
     """
 
-    def __init__(self, p: float, layer: int = 0):
+    def __init__(self, p: float, layer: int = 0, *, whole: bool = False):
         super().__init__()
-        self.p, self.layer = p, layer
+        self.p, self.layer, self.whole = p, layer, whole
         self.key_N: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -133,11 +134,14 @@ class SampleDropout(nn.Module):
                 f"SampleDropout {self.layer} has keys for {0 if self.key_N is None else len(self.key_N)} of "
                 f"{len(x)} images; call set_sample_keys(model, key_N) before a training forward pass"
             )
-        features = x[0].numel() if len(x) else 0
+        if not len(x):
+            return x
+        features = 1 if self.whole else x[0].numel()
         counter_F = torch.arange(features, device=x.device) + (self.layer << 40)
         bits_NF = _mixed(_mixed(self.key_N.to(x.device))[:, None] ^ counter_F)
         kept_NF = ((bits_NF >> 11) & (2**53 - 1)).double() >= self.p * 2.0**53
-        return x * kept_NF.view(x.shape).to(x.dtype) / (1 - self.p)
+        kept = kept_NF.view([len(x)] + [1] * (x.dim() - 1) if self.whole else x.shape)
+        return x * kept.to(x.dtype) / (1 - self.p)
 
     def extra_repr(self) -> str:
         return f"p={self.p}, layer={self.layer}"

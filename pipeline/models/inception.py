@@ -41,15 +41,16 @@ class Logits(NamedTuple):
 
 
 class LocalResponseNorm(nn.Module):
-    """torch's own, but it also takes an empty batch: a rank may hold no image."""
+    """x / (1 + 1e-4 mean of x^2 over 5 channels)^0.75, as GoogLeNet; nn.LocalResponseNorm's arithmetic.
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = nn.LocalResponseNorm(5, alpha=1e-4, beta=0.75)
+    torch's own pools in three dimensions, whose backward on CUDA is refused where bits must repeat.
+    """
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
-        output_NCHW: Tensor = self.norm(x_NCHW) if len(x_NCHW) else x_NCHW
-        return output_NCHW
+        channels = x_NCHW.shape[1]
+        squares = nn.functional.pad(x_NCHW.square(), (0, 0, 0, 0, 2, 2))
+        total = sum((squares[:, shift : shift + channels] for shift in range(1, 5)), squares[:, :channels])
+        return x_NCHW / (1 + 1e-4 / 5 * total) ** 0.75
 
 
 class AuxiliaryHead(nn.Module):
@@ -85,7 +86,6 @@ class InceptionNetwork(nn.Module):
         response_norm: bool = False,
         auxiliary_head: bool = False,
         literal_fig5: bool = False,
-        count_padding: bool = False,
         initial_gain: float = 1.0,
     ):
         super().__init__()
@@ -102,7 +102,7 @@ class InceptionNetwork(nn.Module):
         for name, printed in MODULES.items():
             literal = literal_fig5 and name in LITERAL_PROJECTION
             widths = printed._replace(projection=LITERAL_PROJECTION[name]) if literal else printed
-            module = Inception(channels, _scaled_widths(widths, width), style, count_padding=count_padding)
+            module = Inception(channels, _scaled_widths(widths, width), style)
             self.body[name], channels = module, module.outputs
             if name == "4d":
                 auxiliary_inputs = channels
@@ -177,4 +177,15 @@ def _scaled_widths(widths: Widths, width: float) -> Widths:
 
 
 def _adaptive_pool(x_NCHW: Tensor, side: int) -> Tensor:
-    return nn.functional.adaptive_avg_pool2d(x_NCHW, side)
+    """adaptive_avg_pool2d as two matrix products: its own backward on CUDA adds up in any order."""
+    rows, columns = (_bins(length, side).to(x_NCHW) for length in x_NCHW.shape[2:])
+    return torch.einsum("nchw,ih,jw->ncij", x_NCHW, rows, columns)
+
+
+def _bins(length: int, side: int) -> Tensor:
+    """(side, length): row i averages the values from i length / side to (i + 1) length / side, rounded outward."""
+    bins = torch.zeros(side, length)
+    for i in range(side):
+        first, end = i * length // side, -(-(i + 1) * length // side)
+        bins[i, first:end] = 1 / (end - first)
+    return bins

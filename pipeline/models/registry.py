@@ -29,14 +29,10 @@ def build(name: str, *, num_classes: int, norm: NormFactory | None = None, **opt
     """
     if name in MODELS:
         return MODELS[name](num_classes=num_classes, norm=norm, **options)
+    check_name(name)
     # Not at the top: torchvision takes 2.7 s to import, and our own models do not need it.
     from torchvision import models as torchvision_models
 
-    names = torchvision_models.list_models(module=torchvision_models)
-    if name not in names:
-        near = difflib.get_close_matches(name, [*MODELS, *names], n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"choose one of {list(MODELS)} or a torchvision classifier"
-        raise ValueError(f"model.name = {name!r} is not a model; {hint}")
     dropout = options.pop("dropout", None)
     if options:
         raise ValueError(
@@ -49,12 +45,29 @@ def build(name: str, *, num_classes: int, norm: NormFactory | None = None, **opt
     return _with_sample_dropout(model, None if dropout is None else float(str(dropout)))
 
 
+def check_name(name: str) -> None:
+    """Raise ValueError, naming the nearest, if there is no such model."""
+    if name in MODELS:
+        return
+    from torchvision import models as torchvision_models
+
+    names = torchvision_models.list_models(module=torchvision_models)
+    if name not in names:
+        near = difflib.get_close_matches(name, [*MODELS, *names], n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"choose one of {list(MODELS)} or a torchvision classifier"
+        raise ValueError(f"model.name = {name!r} is not a model; {hint}")
+
+
 def _with_sample_dropout(model: nn.Module, p: float | None) -> nn.Module:
-    """Keyed dropout for torch's, so that masks do not depend on ranks; p overrides the model's own rate."""
+    """Keyed dropout and stochastic depth for torch's, whose masks would depend on ranks; p overrides dropout's rate."""
     layer = 0
     for parent in list(model.modules()):
         for name, child in parent.named_children():
             if type(child) is nn.Dropout:
                 setattr(parent, name, SampleDropout(child.p if p is None else p, layer))
-                layer += 1
+            elif type(child).__name__ == "StochasticDepth":
+                setattr(parent, name, SampleDropout(float(child.p), layer, whole=True))  # type: ignore[arg-type]
+            else:
+                continue
+            layer += 1
     return model

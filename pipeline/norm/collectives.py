@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from pipeline.norm.moments import Moments, from_sums, merge_packets, pack, pack_sums
 
-GroupSize = int | Literal["node"]
+GroupSize = int | str  # a number of ranks, or "node"
 
 # Up to here each rank receives R packets (of 8 KiB at most for BN-Inception); beyond, one log-depth sum.
 GATHER_LIMIT = 32
@@ -78,7 +77,7 @@ def statistics_group(group_size: GroupSize) -> StatisticsGroup:
 
 def _create(group_size: GroupSize) -> StatisticsGroup:
     world, rank = dist.get_world_size(), dist.get_rank()
-    size = int(os.environ.get("LOCAL_WORLD_SIZE", world)) if group_size == "node" else group_size or world
+    size = int(os.environ.get("LOCAL_WORLD_SIZE", world)) if group_size == "node" else int(group_size) or world
     if size < 1 or world % size:
         divisors = [g for g in range(1, world + 1) if world % g == 0]
         raise ValueError(

@@ -94,9 +94,10 @@ class SyncBatchNorm(nn.Module):
         """Running statistics: the variance with n - 1 over the whole group, as nn.BatchNorm2d keeps it."""
         if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
             return
-        self.num_batches_tracked.add_(1)
-        fraction = 1.0 / self.num_batches_tracked.double() if self.momentum is None else self.momentum
-        weight = fraction * (moments.count > 0).double()  # a batch without any image is not a batch
+        is_batch = moments.count > 0  # one without any image is none
+        self.num_batches_tracked.add_(is_batch.long())
+        seen = self.num_batches_tracked.clamp(min=1).double()
+        weight = (1.0 / seen if self.momentum is None else self.momentum) * is_batch.double()
         for running_C, batch_C in (
             (self.running_mean, moments.mean_C),
             (self.running_var, moments.unbiased_variance_C()),

@@ -12,6 +12,7 @@ import lightning
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
+from pipeline.evaluation.metrics import Scores
 from pipeline.training.classifier import Classifier
 
 BEST = "best.ckpt"
@@ -69,11 +70,16 @@ class Checkpoints(lightning.Callback):
         assert isinstance(pl_module, Classifier)
         if not ends_epoch(trainer):  # max_steps cut it short: saved at that step, in the middle of the epoch
             return
-        scores, is_best = pl_module.scores, False
-        if scores is not None and scores.top1 > self.best_top1:
-            self.best_top1, is_best = scores.top1, True
-        path = self.save(trainer)
-        if is_best and trainer.is_global_zero:
+        self.save(trainer)
+        self.keep_best(trainer, pl_module.scores)
+
+    def keep_best(self, trainer: lightning.Trainer, scores: Scores | None) -> None:
+        """Keep a copy of the checkpoint just written if its scores are the best so far."""
+        path = newest(self.directory)
+        if scores is None or scores.top1 <= self.best_top1 or path is None:
+            return
+        self.best_top1 = scores.top1
+        if trainer.is_global_zero:
             copy = self.directory / f".{BEST}.{os.getpid()}.tmp"
             shutil.copyfile(path, copy)
             copy.replace(self.directory / BEST)
@@ -84,8 +90,13 @@ class Checkpoints(lightning.Callback):
         # Lightning counts micro-batches. Another number of them a step (other ranks, another micro-batch) must not
         # move the place in the epoch, which the data module keeps in images.
         position = checkpoint[POSITION]
-        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
-        if progress["is_last_batch"]:
+        loops = checkpoint["loops"]["fit_loop"]
+        progress = loops["epoch_loop.batch_progress"]
+        if progress["is_last_batch"]:  # an epoch's end is stored as the start of the next, for Lightning too
+            progress["is_last_batch"] = False
+            progress["current"] = dict.fromkeys(progress["current"], 0)
+            for counts in loops["epoch_progress"].values():
+                counts.update(dict.fromkeys(counts, counts["processed"]))
             return
         steps = position["sample"] // position["global_batch_size"]
         moved = steps * trainer.accumulate_grad_batches - progress["current"]["ready"]

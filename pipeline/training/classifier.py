@@ -51,11 +51,9 @@ class Classifier(lightning.LightningModule):
         std: Sequence[float],
         world: int,
         pieces: int,
-        channels_last: bool = True,
     ):
         super().__init__()
-        memory = torch.channels_last if channels_last else torch.contiguous_format
-        self.model = model.to(memory_format=memory)
+        self.model = model.to(memory_format=torch.channels_last)
         self.loss, self.schedule = loss, schedule
         self.momentum, self.weight_decay, self.world, self.pieces = momentum, weight_decay, world, pieces
         self.register_buffer("mean_C11", torch.tensor(mean, dtype=torch.float64).view(3, 1, 1), persistent=False)
@@ -106,6 +104,15 @@ class Classifier(lightning.LightningModule):
         scores = self._training_sums().merged()
         self._training_sums().reset()
         return scores
+
+    def open_training_sums(self) -> list[float]:
+        """The sums behind the scores to be taken next, over all ranks. A collective."""
+        return self._training_sums().totals()
+
+    def resume_training_scores(self, totals: list[float]) -> None:
+        """Go on from sums that were open when a checkpoint was written; for one rank."""
+        sums = self._training_sums()
+        sums.values_4 += torch.tensor(totals, dtype=torch.float64, device=sums.values_4.device)
 
     def _training_sums(self) -> Sums:
         if self.step_sums is None:

@@ -36,11 +36,24 @@ def test_transparency_is_laid_on_white():
     assert (decode(buffer.getvalue()) == 255).all()
 
 
-def test_palettes_and_sixteen_bits_decode():
-    for mode in ("P", "I;16"):
-        buffer = io.BytesIO()
-        Image.new(mode, (3, 2)).save(buffer, "PNG")
-        assert decode(buffer.getvalue()).shape == (2, 3, 3)
+def test_palettes_decode():
+    buffer = io.BytesIO()
+    Image.new("RGB", (3, 2), (9, 200, 77)).convert("P").save(buffer, "PNG")
+    assert decode(buffer.getvalue()).shape == (2, 3, 3)
+
+
+def test_sixteen_bits_are_scaled_and_not_clipped():
+    buffer = io.BytesIO()
+    Image.fromarray(np.array([[0, 256, 32768, 65535]], np.uint16)).save(buffer, "PNG")
+    assert decode(buffer.getvalue())[0, :, 0].tolist() == [0, 1, 128, 255]
+
+
+def test_a_small_file_may_not_unpack_to_gigabytes(monkeypatch):
+    payload = noise_image(0, 60, 60, "JPEG")
+    monkeypatch.setattr("pipeline.data.decode.MAX_PIXELS", 100)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)
+    with pytest.raises(DecodeError, match="exceeds limit"):
+        decode(payload)
 
 
 @pytest.mark.parametrize("payload", [b"", b"not an image", b"\xff\xd8\xff\xe0 garbage", noise_image(0, 64, 64)[:200]])

@@ -98,6 +98,38 @@ def test_writing_the_same_again_changes_nothing(folders, shards):
     assert {path: path.stat().st_mtime_ns for path in shards.iterdir()} == before
 
 
+def test_writing_again_repairs_what_was_lost(folders, shards, tmp_path):
+    root = tmp_path / "shards"
+    shutil.copytree(shards, root)
+    (root / "train-000001.tar").unlink()
+    (root / "val-000000.json").write_text("{}")
+    write_shards(str(folders), root, samples_per_shard=30)
+    assert contents(root) == contents(shards)
+
+
+def test_of_val_and_test_folders_one_is_used_and_the_other_said_to_be_left_out(folders, tmp_path):
+    root = tmp_path / "three"
+    shutil.copytree(folders, root)
+    shutil.copytree(folders / "val", root / "test")
+    said = []
+    manifest = write_shards(str(root), tmp_path / "out", say=said.append)
+    assert manifest.count("val") == 35
+    assert said == [f"{root}: validating on val/; test/ left out"]
+
+
+def test_a_holdout_that_cannot_be_is_refused(folders, tmp_path):
+    for fraction, message in ((-1, "must lie between 0 and 1"), (0.1, "has validation images of its own")):
+        with pytest.raises(DataError, match=message):
+            write_shards(str(folders), tmp_path / "out", holdout=fraction)
+
+
+def test_a_damaged_zip_is_named(folders, tmp_path):
+    path = zipped(folders, tmp_path / "a.zip")
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(DataError, match="neither a directory nor a zip"):
+        write_shards(str(path), tmp_path / "out")
+
+
 def test_another_source_into_the_same_directory_is_refused(shards, tmp_path):
     other = make_folders(tmp_path / "other", classes=2, train=3, val=1)
     with pytest.raises(DataError, match="holds another data set; give an empty directory"):

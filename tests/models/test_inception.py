@@ -106,7 +106,7 @@ def test_convolutions_have_a_bias_only_where_no_norm_follows():
     assert sum(m.bias is None for m in plain) == 1  # the depthwise one
 
 
-def test_blocks_run_in_33_levels_through_forward_level_of_the_norm():
+def test_modules_run_in_three_levels_each_through_forward_level_of_the_norm():
     levels: list[list[int]] = []
 
     class LevelNorm(SyncBatchNorm):
@@ -121,7 +121,7 @@ def test_blocks_run_in_33_levels_through_forward_level_of_the_norm():
     alone = models.build("bn_inception", num_classes=10, norm=SyncBatchNorm, stem="small", width=0.25)
     x = torch.randn(2, 3, 32, 32)
     assert torch.equal(model(x).main_NK, alone(x).main_NK)
-    assert len(levels) == 30  # ten modules of three; the stem's three levels hold one layer each
+    assert len(levels) == 30  # with the stem's three levels of one layer each, 33: the length of the longest path
     assert [len(level) for level in levels[:9]] == [4, 2, 1, 4, 2, 1, 2, 2, 1]
     full = [Unit(3, c, 1, model_style()) for c in (64, 64, 64, 32)]
     assert len(forward_level(full, [torch.randn(1, 3, 4, 4)] * 4)) == 4
@@ -154,6 +154,14 @@ def test_every_option_takes_an_empty_batch():
         set_sample_keys(model, torch.zeros(0, dtype=torch.int64))
         model(torch.zeros(0, 3, 32, 32)).main_NK.sum().backward()
         assert all((p.grad == 0).all() for p in model.parameters())
+
+
+def test_response_norm_and_adaptive_pool_are_torchs_arithmetic():
+    from pipeline.models.inception import LocalResponseNorm, _adaptive_pool
+
+    x = torch.randn(2, 9, 7, 5, dtype=torch.float64) * 30
+    torch.testing.assert_close(LocalResponseNorm()(x), nn.LocalResponseNorm(5, alpha=1e-4, beta=0.75)(x))
+    torch.testing.assert_close(_adaptive_pool(x, 4), nn.functional.adaptive_avg_pool2d(x, 4))
 
 
 def test_dropout_masks_depend_on_key_and_layer_alone():
@@ -213,11 +221,9 @@ def test_weights_and_multiply_adds_of_every_stage():
     ]  # fmt: skip
 
 
-def test_layers_paths_and_values_are_counted_as_in_the_paper():
+def test_layers_and_values_are_counted_as_in_the_paper():
     for stem, convolutions in (("dense", 69), ("separable", 70)):
         assert sum(isinstance(m, nn.Conv2d) for m in build(stem=stem).modules()) == convolutions
-    longest = 3 + 10 * 3 + 1  # stem, three levels a module, the classifier
-    assert longest == 34
     values = 0
     model = build(stem="dense").eval()
 

@@ -20,6 +20,17 @@ def test_its_dropout_is_keyed_by_sample_and_may_be_set():
     assert [m.p for m in none.modules() if isinstance(m, SampleDropout)] == [0.0]
 
 
+def test_stochastic_depth_is_keyed_by_sample_too():
+    model = models.build("efficientnet_b0", num_classes=3)
+    depths = [m for m in model.modules() if isinstance(m, SampleDropout) and m.whole]
+    assert len(depths) == 16
+    assert not any(type(m).__name__ == "StochasticDepth" for m in model.modules())
+    layer, x = SampleDropout(0.5, whole=True), torch.ones(64, 3, 2, 2)
+    layer.key_N = torch.arange(64)
+    kept = layer(x)
+    assert set(kept.flatten(1).unique(dim=1).flatten().tolist()) == {0.0, 2.0}  # an image is kept or dropped whole
+
+
 def test_an_unknown_model_names_the_nearest():
     with pytest.raises(ValueError, match=r"model.name = 'resnet81' is not a model; did you mean 'resnet18'\?"):
         models.build("resnet81", num_classes=2)

@@ -136,11 +136,14 @@ def test_accumulated_losses_equal_a_reference_that_normalizes_each_micro_batch(s
     assert (accumulated - one_rank).abs().max() > 1e-4  # and it is not the whole batch's normalization
 
 
-def test_in_bf16_losses_stay_within_a_band(shards, tmp_path):
-    # bf16 keeps 8 bits: other shares round other values. Seen over 20 steps: 0.02 at most.
+def test_in_bf16_losses_stay_within_a_band(shards, tmp_path, one_rank):
+    # bf16 keeps 8 bits, other shares round other values, and training amplifies: seen 0.14 at most over 20 steps.
     half = "trainer.precision=bf16"
     one, three = losses(shards, tmp_path, 1, half), losses(shards, tmp_path, 3, half)
-    torch.testing.assert_close(three, one, rtol=0, atol=0.1)
+    assert (one - one_rank).abs()[0] > 1e-5  # it is another precision
+    assert (three - one).abs()[0] < 0.02
+    assert (three - one).abs().max() < 0.4
+    assert (three - one).mean().abs() < 0.05
 
 
 class Gradients(lightning.Callback):

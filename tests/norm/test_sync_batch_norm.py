@@ -207,6 +207,14 @@ def test_momentum_none_averages_all_batches_alike():
     torch.testing.assert_close(layer.running_var, variances.mean(0), rtol=1e-12, atol=0)
 
 
+def test_a_batch_without_any_image_is_no_batch():
+    layer = SyncBatchNorm(2, momentum=None).double()
+    layer(torch.zeros(0, 2, 3).double())
+    layer(torch.full((4, 2, 3), 8.0).double())
+    assert layer.num_batches_tracked == 1
+    assert (layer.running_mean == 8).all()
+
+
 def test_fused_activation_equals_a_separate_one():
     x = images(4, 3, 2, 2)
     assert torch.equal(SyncBatchNorm(3, activation="relu").double()(x), SyncBatchNorm(3).double()(x).relu())
