@@ -33,6 +33,8 @@ def run_processes(arguments: Sequence[str], *, processes: int, threads: int, log
         **os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(processes),
         "LOCAL_WORLD_SIZE": str(processes), "OMP_NUM_THREADS": str(threads),
     }  # fmt: skip
+    # Torch would warn on every rank that all parameters are used, which is why run.py looks for unused ones.
+    shared.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     ranks: list[subprocess.Popen[bytes]] = []
     for rank in range(processes):
         environment = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
