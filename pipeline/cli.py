@@ -327,9 +327,12 @@ def _parser() -> argparse.ArgumentParser:
             p.add_argument("--checkpoint", default="newest", help="newest, best, or a file (default: newest)"),
         ),
     )  # fmt: skip
-    shards = verbs.add_parser("shards", help="pack images into shards, check them, look at them").add_subparsers(
-        required=True, metavar="VERB"
-    )
+    _add_shards(verbs.add_parser("shards", help="pack images into shards, check them, look at them"))
+    return parser
+
+
+def _add_shards(parser: argparse.ArgumentParser) -> None:
+    shards = parser.add_subparsers(required=True, metavar="VERB")
     _add(
         shards, "write", shards_write, "pack images into shards; goes on where it was stopped",
         "pipeline shards write cifar10.zip shards/cifar10 --workers 2",
@@ -361,7 +364,6 @@ def _parser() -> argparse.ArgumentParser:
             p.add_argument("--sheet", metavar="FILE", help="where to draw it (default: NAME-SPLIT.png here)"),
         ),
     )  # fmt: skip
-    return parser
 
 
 def _count(text: str) -> int:

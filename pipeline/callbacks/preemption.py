@@ -20,10 +20,10 @@ class InterruptedRunError(Exception):
 
 
 class Preemption(lightning.Callback):
-    """Looks at the flag every `every_steps` optimizer steps, with one small reduction over all ranks."""
+    """Looks at the flag after every optimizer step, with one small reduction over all ranks."""
 
-    def __init__(self, checkpoints: Checkpoints, *, every_steps: int = 1):
-        self.checkpoints, self.every_steps = checkpoints, every_steps
+    def __init__(self, checkpoints: Checkpoints):
+        self.checkpoints = checkpoints
         self.signal: int | None = None
         self._step = 0
 
@@ -36,7 +36,7 @@ class Preemption(lightning.Callback):
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         step = trainer.global_step
-        if step == self._step or step % self.every_steps or ends_epoch(trainer):
+        if step == self._step or ends_epoch(trainer):
             return
         self._step = step
         if self._any_rank(pl_module.device):
