@@ -159,7 +159,7 @@ def one_step(rank: int, world: int, config: Config):
     return assembly.classifier.taken_training_scores().loss, gradients.values if rank == 0 else None
 
 
-@pytest.mark.parametrize("name", ["bn_inception", "inception", "resnet18"])
+@pytest.mark.parametrize("name", ["bn_inception", "inception", "resnet18", "mobilenet_v3_small"])
 def test_a_rank_without_images_changes_nothing(shards, tmp_path, name):
     results = []
     for world in (1, 3):  # two images on three ranks
