@@ -278,6 +278,8 @@ def _code_of(error: Exception) -> int | None:
     names = {kind.__name__ for kind in type(error).__mro__}  # by name: their modules may not be imported
     if isinstance(error, OSError) and error.filename is not None:
         return FAILED  # no space, no permission, no such place
+    if "InterruptedRunError" in names:
+        return FAILED  # of an evaluation: nothing is kept; `train` answers its own with 75
     return USAGE if "ConfigError" in names else BAD_DATA if "DataError" in names else None
 
 
