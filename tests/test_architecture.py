@@ -27,6 +27,7 @@ WALLS = {
                   "callbacks/"),
     "wandb": ("callbacks/tracking", "doctor"),
     "webdataset": ("data/",),
+    "obstore": ("data/remote",),
     "triton": ("norm/kernels",),
     "hydra": ("config",),
     "omegaconf": ("config",),
