@@ -1,0 +1,6 @@
+"""The optional extension of jpeg_region.c."""
+
+def decode(
+    payload: bytes, left: int, top: int, right: int, bottom: int, denominator: int
+) -> tuple[bytearray, int, int]: ...
+def read_entropy(payload: bytes) -> None: ...
