@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pipeline.config import Config
+    from pipeline.data.dataset import Dataset
     from pipeline.world import World
 
 DONE, FAILED, USAGE, BAD_DATA, RESUMABLE = 0, 1, 2, 3, 75
@@ -47,9 +49,12 @@ def train(options: argparse.Namespace) -> int:
     if options.print_config:
         print(to_yaml(config), end="")
         return DONE
+    from pipeline.data.shards import MANIFEST, write_atomically
     from pipeline.launch.plan import CONFIG, open_run
 
-    config = open_run(settled(config))
+    settled_config, dataset = settle(config)
+    config = open_run(settled_config)
+    write_atomically(config.directory / MANIFEST, (dataset.directory / MANIFEST).read_bytes())
     if config.world == 1:
         return _train_here(config)
     return _launch_here(config, ["train", str(config.directory / CONFIG)])
@@ -81,7 +86,7 @@ def evaluate(options: argparse.Namespace) -> int:
 def shards_write(options: argparse.Namespace) -> int:
     from pipeline.data.writer import write_shards
 
-    with _progress("writing") as progress:
+    with _progress("writing", "images") as progress:
         manifest = write_shards(
             options.source,
             Path(options.root),
@@ -100,8 +105,9 @@ def shards_write(options: argparse.Namespace) -> int:
 def shards_verify(options: argparse.Namespace) -> int:
     from pipeline.data.verification import verify
 
-    with _progress("verifying") as progress:
-        report = verify(Path(options.root), decode_images=options.decode, workers=options.workers, progress=progress)
+    dataset = _dataset(options)
+    with _progress("verifying", "images") as progress:
+        report = verify(dataset, decode_images=options.decode, workers=options.workers, progress=progress)
     for fault in report.faults:
         print(fault, file=sys.stderr)
     verdict = f"{len(report.faults)} faults" if report.faults else "sound"
@@ -116,14 +122,17 @@ def shards_describe(options: argparse.Namespace) -> int:
     from rich.table import Table
 
     from pipeline.data.description import contact_sheet, describe
+    from pipeline.data.order import SORTED
+    from pipeline.data.shards import DataError
 
-    root = Path(options.root)
-    manifest, facts = describe(root)
-    table = Table("split", "images", "shards", "MB", "bytes an image", "images a class", "width", "height")
+    dataset = _dataset(options)
+    manifest, facts = dataset.manifest, describe(dataset)
+    table = Table("split", "images", "shards", "MB", "bytes an image", "images a class", "width", "height", "mixing")
     for name, f in facts.items():
         table.add_row(
             name, f"{f.samples:,}", str(f.shards), f"{f.bytes_total / 1e6:,.1f}", f"{f.bytes_mean:,.0f}",
             f"{f.class_fewest:,} to {f.class_most:,}", _spread(f.width), _spread(f.height),
+            f"{f.mixing:.2f}",
         )  # fmt: skip
     console = Console()
     console.print(table)
@@ -131,10 +140,32 @@ def shards_describe(options: argparse.Namespace) -> int:
     print(f"{len(names)} classes: {', '.join(names[:10])}{', ...' if len(names) > 10 else ''}")
     print(f"digest {manifest.digest}")
     split = options.split or next(iter(sorted(manifest.splits)))
-    path = Path(options.sheet or f"{root.name}-{split}.png")
-    contact_sheet(root, split).save(path)
+    if split not in manifest.splits:
+        raise DataError(f"--split {split} is not there; {options.root} holds {sorted(manifest.splits)}")
+    path = Path(options.sheet or f"{Path(options.root).name}-{split}.png")
+    contact_sheet(dataset, split).save(path)
     print(f"contact sheet of {split}: {path}")
+    if any(f.mixing < SORTED and f.shards > 1 for f in facts.values()):
+        print(f"mixing below {SORTED}: shards are sorted by class; data.window=0 shuffles over all of them")
     return DONE
+
+
+def shards_index(options: argparse.Namespace) -> int:
+    with _progress("indexing", "shards") as progress:
+        dataset = _dataset(options, again=True, progress=progress)
+    for split, entries in dataset.manifest.splits.items():
+        print(f"{options.root}: {split}: {dataset.manifest.count(split):,} images in {len(entries)} shards")
+    print(f"{len(dataset.manifest.classes)} classes; digest {dataset.manifest.digest[:16]}")
+    return DONE
+
+
+def _dataset(options: argparse.Namespace, **how: Any) -> Dataset:
+    """The data set that a verb of `shards` is about."""
+    from pipeline.data.dataset import Location, open_dataset
+
+    cache_bytes = int(options.cache_gb * 1e9)
+    location = Location(options.root, options.train or "", options.val or "", options.cache or "", cache_bytes)
+    return open_dataset(location, workers=getattr(options, "workers", 1), **how)
 
 
 def _of_run(path: Path, overrides: Sequence[str] = ()) -> Config:
@@ -149,16 +180,28 @@ def _of_run(path: Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def settled(config: Config) -> Config:
-    """The config with what its data set decides: packed on first use, classes counted, digest noted."""
+    """The config with what its data set decides."""
+    return settle(config)[0]
+
+
+def settle(config: Config) -> tuple[Config, Dataset]:
+    """The data set, packed or indexed on first use, and the config with what it decides: classes, digest."""
     from pipeline.config import ConfigError, completed
+    from pipeline.data.dataset import Location
     from pipeline.data.preparation import ready_data
-    from pipeline.data.shards import DataError, load_split
+    from pipeline.data.shards import MANIFEST, DataError, difference, read_manifest
 
     data = config.data
-    manifest = ready_data(Path(data.root), source=data.source)
+    with _progress("indexing", "shards") as progress:
+        dataset = ready_data(
+            Location(*data.location), source=data.source, workers=os.cpu_count() or 1, progress=progress
+        )
+    manifest = dataset.manifest
     if data.digest and data.digest != manifest.digest:
+        known = (config.directory / MANIFEST).is_file()
+        what = difference(read_manifest(config.directory), manifest) if known else "its digest differs"
         raise DataError(
-            f"data.root = {data.root} holds another data set than this run began with; bring the first one back"
+            f"data.root = {data.root} holds another data set than this run began with ({what}); bring that one back"
         )
     if data.global_batch_size > manifest.count("train"):
         raise ConfigError(
@@ -166,8 +209,8 @@ def settled(config: Config) -> Config:
             "lower it"
         )
     classes = data.num_classes or len(manifest.classes)
-    for split in ("train", "val"):  # labels within the classes, shards as the manifest lists them
-        load_split(Path(data.root), manifest, split, classes)
+    for split in ("train", "val"):  # labels within the classes
+        dataset.split(split, classes)
     if config.model.name not in (
         "bn_inception",
         "inception",
@@ -178,7 +221,7 @@ def settled(config: Config) -> Config:
             check_name(config.model.name)
         except ValueError as error:
             raise ConfigError(str(error)) from None
-    return completed(config, data={"num_classes": classes, "digest": manifest.digest})
+    return completed(config, data={"num_classes": classes, "digest": manifest.digest}), dataset
 
 
 def _train_here(config: Config) -> int:
@@ -249,14 +292,14 @@ def _checkpoint(directory: Path, wanted: str) -> Path:
 
 
 class _progress:
-    """A bar of images done; called with (done, total)."""
+    """A bar of images or shards done; called with (done, total)."""
 
-    def __init__(self, what: str):
+    def __init__(self, what: str, unit: str):
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         console = Console(stderr=True)
-        columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TextColumn("images"), TimeRemainingColumn())
+        columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeRemainingColumn())
         self._bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
         self._task = self._bar.add_task(what, total=None)
 
@@ -329,7 +372,7 @@ def _parser() -> argparse.ArgumentParser:
             p.add_argument("--checkpoint", default="newest", help="newest, best, or a file (default: newest)"),
         ),
     )  # fmt: skip
-    _add_shards(verbs.add_parser("shards", help="pack images into shards, check them, look at them"))
+    _add_shards(verbs.add_parser("shards", help="pack images, index tars of others, check and look at them"))
     return parser
 
 
@@ -352,20 +395,42 @@ def _add_shards(parser: argparse.ArgumentParser) -> None:
         shards, "verify", shards_verify, "read every byte again and name each fault",
         "pipeline shards verify shards/cifar10 --decode",
         lambda p: (
-            p.add_argument("root", help="directory of the shards"),
+            *_add_location(p),
             p.add_argument("--decode", action="store_true", help="decode every image, too"),
             p.add_argument("--workers", type=_count, default=2, metavar="N", help="shards read at a time"),
+        ),
+    )  # fmt: skip
+    _add(
+        shards, "index", shards_index, "index tars of other makers, to train on them; anew if that was done",
+        "pipeline shards index imagenet-1k-wds --workers 8",
+        lambda p: (
+            *_add_location(p),
+            p.add_argument("--workers", type=_count, default=2, metavar="N", help="processes, a shard each"),
         ),
     )  # fmt: skip
     _add(
         shards, "describe", shards_describe, "counts, classes, sizes, and a contact sheet as PNG",
         "pipeline shards describe shards/cifar10 --sheet cifar10.png",
         lambda p: (
-            p.add_argument("root", help="directory of the shards"),
+            *_add_location(p),
             p.add_argument("--split", help="of the contact sheet (default: the first)"),
             p.add_argument("--sheet", metavar="FILE", help="where to draw it (default: NAME-SPLIT.png here)"),
         ),
     )  # fmt: skip
+
+
+def _add_location(parser: argparse.ArgumentParser) -> tuple[argparse.Action, ...]:
+    return (
+        parser.add_argument("root", help="directory or http(s), s3 or gs URL of the shards"),
+        parser.add_argument(
+            "--train", metavar="PATTERN", help="brace pattern or glob of the training shards below root"
+        ),
+        parser.add_argument("--val", metavar="PATTERN", help="the same of the validation shards"),
+        parser.add_argument("--cache", metavar="DIR", help="for remote shards (default: ~/.cache/pipeline)"),
+        parser.add_argument(
+            "--cache-gb", type=float, default=0.0, metavar="N", help="limit on remote shards kept there"
+        ),
+    )
 
 
 def _count(text: str) -> int:

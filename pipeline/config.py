@@ -72,17 +72,27 @@ class NormConfig:
 class DataConfig:
     """The packed images, and how many make up a batch."""
 
-    root: str = ""  # directory of shards
+    root: str = ""  # directory or http(s), s3 or gs URL of shards
+    train: str = ""  # brace pattern or glob of the training shards below root; "" = by dataset.json, or by their names
+    val: str = ""  # the same of the validation shards
     source: str = ""  # packed into root on first use where root is absent; "" = never
     num_classes: int = 0  # 0 = as many as the data set names
     image_size: int = 224  # pixels a side, training and evaluation
     global_batch_size: int = 256  # images an optimizer step, over all ranks
     micro_batch_size: int = 0  # images a rank holds at once; 0 = its whole share; less accumulates gradients
     window: int = 0  # shards shuffled together; 0 = all
+    cache: str = ""  # directory for remote shards, and for indexes of read-only roots; "" = ~/.cache/pipeline
+    cache_gb: float = 0.0  # limit on remote shards kept on a node, in 1e9 bytes; 0 = none
+    bad_samples: float = 1e-4  # fraction of an epoch's images that may be unreadable and replaced; more stop the run
     evaluation_crop: float = 0.875  # fraction of the shorter side that evaluation sees
     mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])  # of pixels in 0..1
     std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
     digest: str = ""  # of the data set, filled in when the run starts
+
+    @property
+    def location(self) -> tuple[str, str, str, str, int]:
+        """Where the data set lies: root, train, val, cache, and the cache's limit in bytes."""
+        return self.root, self.train, self.val, self.cache, int(self.cache_gb * 1e9)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,8 +201,8 @@ class Config:
 # Where a run happens: may change when it is resumed. Everything else is what it is.
 CIRCUMSTANCE = (
     "run.", "cluster.", "tracking.", "ledger", "data.root", "data.source", "data.micro_batch_size",
-    "trainer.max_epochs", "trainer.max_steps", "trainer.validate_every_epochs", "trainer.checkpoint_every_steps",
-    "trainer.keep_checkpoints",
+    "data.train", "data.val", "data.cache", "data.bad_samples", "trainer.max_epochs", "trainer.max_steps",
+    "trainer.validate_every_epochs", "trainer.checkpoint_every_steps", "trainer.keep_checkpoints",
 )  # fmt: skip
 
 
@@ -326,7 +336,8 @@ def checked(config: Config) -> Config:
 
 _LEAST = {
     "norm.precise_images": 0, "data.num_classes": 0, "data.image_size": 1,
-    "data.global_batch_size": 1, "data.micro_batch_size": 0, "data.window": 0, "optimizer.rate_batch_size": 1,
+    "data.global_batch_size": 1, "data.micro_batch_size": 0, "data.window": 0, "data.cache_gb": 0,
+    "optimizer.rate_batch_size": 1,
     "optimizer.weight_decay": 0, "schedule.warmup_epochs": 0, "loss.auxiliary_weight": 0, "trainer.max_epochs": -1,
     "trainer.max_steps": -1, "trainer.threads": 0, "trainer.validate_every_epochs": 0,
     "trainer.checkpoint_every_steps": 0, "trainer.keep_checkpoints": 1, "cluster.nodes": 1, "cluster.devices": 1,
@@ -338,7 +349,8 @@ _POSITIVE = (
 )  # fmt: skip
 _BETWEEN = {
     "seed": (0, 2**32 - 1), "model.dropout": (0, 0.999),
-    "norm.momentum": (0, 1), "data.evaluation_crop": (0.05, 1), "augment.area_min": (0, 1),
+    "norm.momentum": (0, 1), "data.evaluation_crop": (0.05, 1), "data.bad_samples": (0, 1),
+    "augment.area_min": (0, 1),
     "optimizer.momentum": (0, 0.9999), "loss.label_smoothing": (0, 0.999),
 }  # fmt: skip
 

@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline import models
+from pipeline.callbacks.bad_samples import BadSamples
 from pipeline.callbacks.journal import Journal
 from pipeline.callbacks.ledger import Ledger
 from pipeline.callbacks.population import Population
@@ -34,9 +35,11 @@ from pipeline.callbacks.progress import ProgressReport
 from pipeline.callbacks.throughput import Throughput
 from pipeline.callbacks.tracking import Reporter, Tracking, TrackingError, WandbPlace, WandbReporter
 from pipeline.config import Config, ConfigError
-from pipeline.data.augment import Augmentation, CentreCrop
+from pipeline.data.augment import Augmentation, CentreCrop, Preparation
 from pipeline.data.batch import micro_batches
-from pipeline.data.datamodule import Batching, ImageData
+from pipeline.data.datamodule import ImageData
+from pipeline.data.dataset import Location, open_dataset
+from pipeline.data.loader import Batching
 from pipeline.data.shards import DataError
 from pipeline.evaluation.metrics import Scores
 from pipeline.launch.environment import LaunchedEnvironment
@@ -78,12 +81,11 @@ def assemble(config: Config, world: World) -> Assembly:
     data = build_data(config, world)
     classifier = Classifier(
         build_model(config),
+        prepare=Preparation(config.data.mean, config.data.std),
         loss=Loss(config.loss.label_smoothing, config.loss.auxiliary_weight),
         schedule=build_schedule(config, images=len(data.train_loader.images.split)),
         momentum=config.optimizer.momentum,
         weight_decay=config.optimizer.weight_decay,
-        mean=config.data.mean,
-        std=config.data.std,
         world=world.size,
         pieces=data.batching.pieces,
     )
@@ -98,10 +100,14 @@ def assemble(config: Config, world: World) -> Assembly:
 
 
 def build_data(config: Config, world: World) -> ImageData:
+    dataset = open_dataset(Location(*config.data.location), workers=config.trainer.threads or 1, say=lambda text: None)
+    if config.data.digest not in ("", dataset.manifest.digest):
+        raise DataError(
+            f"data.root = {config.data.root} holds another data set here than where the run was started; copy that one"
+        )
     return ImageData(
-        Path(config.data.root),
+        dataset,
         num_classes=config.data.num_classes,
-        digest=config.data.digest,
         augment=Augmentation(
             config.data.image_size, config.augment.area_min, config.augment.flip, config.augment.photometric
         ),
@@ -227,7 +233,10 @@ def train(config: Config, world: World, console: Console) -> Scores | None:
     callbacks += [progress] if world.leads else []
     if config.ledger:
         callbacks.append(Ledger(config.directory / "ledger", rank=world.rank, keys=run.data.keys))
-    callbacks += [run.checkpoints, Preemption(run.checkpoints)]
+    bad_samples = BadSamples(
+        config.directory / "bad-samples", run.data, budget=config.data.bad_samples, rank=world.rank, console=console
+    )
+    callbacks += [bad_samples, run.checkpoints, Preemption(run.checkpoints, bad_samples)]
     trainer = build_trainer(run, callbacks)
     try:
         with interruptible():
@@ -250,7 +259,10 @@ def evaluate(config: Config, world: World, console: Console, *, checkpoint: Path
     run = assemble(config, world)
     state = load_weights(run.classifier, checkpoint)
     population = Population(run.data.train_loader, config.norm.precise_images)
-    trainer = build_trainer(run, [population])
+    bad_samples = BadSamples(
+        config.directory / "bad-samples", run.data, budget=config.data.bad_samples, rank=world.rank, console=console
+    )
+    trainer = build_trainer(run, [population, bad_samples])
     with interruptible():
         trainer.validate(run.classifier, datamodule=run.data, verbose=False)
     scores = run.classifier.scores

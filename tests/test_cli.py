@@ -86,7 +86,7 @@ def test_more_that_users_mistype(capsys, shards, tmp_path):
 def test_a_set_without_validation_images_says_how_to_get_some(capsys, folders):
     write_shards(str(folders / "train"), Path("only-train"))
     line = refused(capsys, 3, "train", "data=folder", "data.root=only-train")
-    assert "has no split 'val'; write it again from a source with val/, or with --holdout 0.1" in line
+    assert "has no split 'val'; write it again from a source with val/ or with --holdout 0.1" in line
 
 
 def test_a_launched_process_takes_the_frozen_config_alone(capsys, monkeypatch):

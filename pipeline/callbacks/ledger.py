@@ -16,18 +16,13 @@ class Ledger(lightning.Callback):
     """One line a step in ledger/rank-<r>.jsonl: {"epoch", "step", "keys"}; steps count from 1."""
 
     def __init__(self, directory: Path, *, rank: int, keys: Callable[[list[int]], list[str]]):
-        self.path, self.keys_of = directory / f"rank-{rank}.jsonl", keys
+        self.path, self.rank, self.keys_of = directory / f"rank-{rank}.jsonl", rank, keys
         self._samples: list[int] = []
         self._step = 0
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self._step = trainer.global_step
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        _cut(self.path, self._step)
-        if trainer.is_global_zero:  # files of ranks that this start does not have
-            for path in self.path.parent.glob("rank-*.jsonl"):
-                if int(path.stem.partition("-")[2]) >= trainer.world_size:
-                    _cut(path, self._step)
+        cut_lines(self.path.parent, self._step, rank=self.rank, world=trainer.world_size)
 
     def on_train_batch_end(
         self,
@@ -46,15 +41,28 @@ class Ledger(lightning.Callback):
             self._samples = []
 
 
-def _cut(path: Path, last_step: int) -> None:
-    """Take out what will be trained again, and a last line that a crash cut short."""
+def cut_lines(directory: Path, last_step: int, *, rank: int, world: int) -> list[dict[str, Any]]:
+    """Take out what will be trained again, and a last line that a crash cut short; returns the lines that stay.
+
+    Of this rank's file and, for rank 0, of files of ranks that this start does not have.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    paths = [directory / f"rank-{rank}.jsonl"]
+    if rank == 0:
+        paths += [p for p in directory.glob("rank-*.jsonl") if int(p.stem.partition("-")[2]) >= world]
     kept = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            if json.loads(line)["step"] <= last_step:
-                kept.append(line + "\n")
-        except (ValueError, KeyError):
-            continue
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text("".join(kept))
-    temporary.replace(path)
+    for path in paths:
+        lines = []
+        for text in path.read_text().splitlines() if path.exists() else []:
+            try:
+                line = json.loads(text)
+                if line["step"] <= last_step:
+                    lines.append(line)
+            except (ValueError, KeyError):
+                continue
+        if path.exists():
+            temporary = path.with_name(f".{path.name}.tmp")
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
+            temporary.replace(path)
+        kept += lines
+    return kept

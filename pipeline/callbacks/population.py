@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import lightning
 
-from pipeline.data.datamodule import TrainLoader
+from pipeline.data.loader import TrainLoader
 from pipeline.norm.population import estimate, merge_groups
 from pipeline.training.classifier import Classifier
 

@@ -1,4 +1,7 @@
-"""Stopping on a signal: the handler sets a flag, all ranks agree between two steps, save, and leave together."""
+"""Stopping early, on a signal or past the budget of bad samples: all ranks agree between two steps, save, and leave.
+
+A signal's handler sets a flag and nothing else.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,9 @@ import signal
 from typing import Any
 
 import lightning
-import torch
-import torch.distributed as dist
 
+from pipeline.callbacks.bad_samples import BadSamples, sum_over_ranks
+from pipeline.data.shards import DataError
 from pipeline.training.checkpoint import Checkpoints, ends_epoch
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
@@ -20,10 +23,10 @@ class InterruptedRunError(Exception):
 
 
 class Preemption(lightning.Callback):
-    """Looks at the flag after every optimizer step, with one small reduction over all ranks."""
+    """Looks at flag and count after every optimizer step, with one small reduction over all ranks."""
 
-    def __init__(self, checkpoints: Checkpoints):
-        self.checkpoints = checkpoints
+    def __init__(self, checkpoints: Checkpoints, bad_samples: BadSamples):
+        self.checkpoints, self.bad_samples = checkpoints, bad_samples
         self.signal: int | None = None
         self._step = 0
 
@@ -39,13 +42,20 @@ class Preemption(lightning.Callback):
         if step == self._step or ends_epoch(trainer):
             return
         self._step = step
-        if self._any_rank(pl_module.device):
+        signals, bad = sum_over_ranks([self.signal is not None, self.bad_samples.count], pl_module.device)
+        try:
+            self.bad_samples.check(round(bad))
+            if signals:
+                raise InterruptedRunError(f"interrupted after step {step}; its checkpoint is written")
+        except (DataError, InterruptedRunError):
             self.checkpoints.save(trainer)
-            raise InterruptedRunError(f"interrupted after step {step}; its checkpoint is written")
+            raise
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         # The checkpoint of the epoch's end is written already: Checkpoints comes before us.
-        if not trainer.fit_loop.done and self._any_rank(pl_module.device):
+        signals, bad = sum_over_ranks([self.signal is not None, self.bad_samples.count], pl_module.device)
+        self.bad_samples.check(round(bad))
+        if signals and not trainer.fit_loop.done:
             raise InterruptedRunError(f"interrupted after step {trainer.global_step}; its checkpoint is written")
 
     def _note(self, number: int, frame: object) -> None:
@@ -53,10 +63,3 @@ class Preemption(lightning.Callback):
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         self.signal = number
-
-    def _any_rank(self, device: torch.device) -> bool:
-        if not (dist.is_initialized() and dist.get_world_size() > 1):
-            return self.signal is not None
-        flag = torch.tensor(float(self.signal is not None), device=device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return bool(flag)

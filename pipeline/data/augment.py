@@ -1,25 +1,40 @@
 """Pixels as a function of (image, key): random resized crop, flip, photometric distortion; and the evaluation crop.
 
-The key is a hash of (seed, epoch, sample), so pixels do not depend on rank, worker or batch.
+The key is a hash of (seed, epoch, sample), so pixels do not depend on rank, worker or batch. The crop is
+taken where the image is decoded; flip, distortion and normalization follow on the device, whole batches
+at a time, from numbers that the key gave.
 Crop: area uniform in [area_min, 1], aspect log-uniform in [3/4, 4/3] (Szegedy et al. 2015). Distortion:
 brightness, contrast and saturation each in 1 +- strength (Howard 2013); BN-x* reduce it (paper, 4.2.1).
+Legend: N images, C colours, H, W pixels, V the four numbers of a variation.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
-import numpy as np
-from PIL import Image
+import torch
+from torch import Tensor, nn
 
-from pipeline.data.decode import Pixels
-from pipeline.data.keyed_random import uniforms
+from pipeline.data.decode import Box, Pixels, decode_region
+from pipeline.data.keyed_random import mixed, uniforms
 
 PHOTOMETRIC = {"full": 0.5, "reduced": 0.25, "none": 0.0}  # the paper gives no extent for "reduced": half is ours
-_LUMA = np.array([0.299, 0.587, 0.114])
-_MIRRORED = Image.Transpose.FLIP_LEFT_RIGHT
+_CROP, _VARIATION = 1, 2  # what an image's key is for
+
+
+class Variation(NamedTuple):
+    """What happens to an image on the device. flip: 0 or 1; the others are factors."""
+
+    flip: float = 0.0
+    brightness: float = 1.0
+    contrast: float = 1.0
+    saturation: float = 1.0
+
+
+UNCHANGED = Variation()
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,19 +46,17 @@ class Augmentation:
     flip: bool = True
     photometric: str = "full"
 
-    def __call__(self, image: Pixels, key: int) -> Pixels:
-        """Training pixels (size, size, 3) of one image (H, W, 3) for one key."""
-        draw = uniforms(key)
-        height, width = image.shape[:2]
-        box = _crop_box(width, height, self.area_min, draw)
-        output = _resized(image, box, self.size)
-        if next(draw) < 0.5 and self.flip:
-            output = output.transpose(_MIRRORED)
+    def crop(self, payload: bytes, key: int) -> Pixels:
+        """The training crop (size, size, 3) of an image's bytes. Raises DecodeError."""
+        draw = uniforms(mixed(key, _CROP))
+        pixels = decode_region(payload, lambda width, height: _crop_box(width, height, self.area_min, draw), self.size)
+        return resized(pixels, self.size)
+
+    def variation(self, key: int) -> Variation:
+        draw = uniforms(mixed(key, _VARIATION))
+        flip = float(next(draw) < 0.5 and self.flip)
         strength = PHOTOMETRIC[self.photometric]
-        if strength:
-            factors = [1 + strength * (2 * next(draw) - 1) for _ in range(3)]
-            output = _distorted(output, *factors)
-        return np.asarray(output)
+        return Variation(flip, *(1 + strength * (2 * next(draw) - 1) for _ in range(3)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,14 +66,65 @@ class CentreCrop:
     size: int
     fraction: float = 0.875
 
-    def __call__(self, image: Pixels) -> Pixels:
-        height, width = image.shape[:2]
-        side = min(height, width) * self.fraction
-        left, top = (width - side) / 2, (height - side) / 2
-        return np.asarray(_resized(image, (left, top, left + side, top + side), self.size))
+    def crop(self, payload: bytes) -> Pixels:
+        """The view (size, size, 3) of an image's bytes. Raises DecodeError."""
+        return resized(decode_region(payload, self._box, self.size), self.size)
+
+    def _box(self, width: int, height: int) -> Box:
+        side = max(1, round(min(height, width) * self.fraction))
+        left, top = (width - side) // 2, (height - side) // 2
+        return left, top, left + side, top + side
 
 
-Box = tuple[float, float, float, float]
+class Preparation(nn.Module):
+    """A batch of crops as the network's input: flipped, distorted, normalized.
+
+    mean, std: of pixels in 0..1, per colour.
+    Each image's result depends on that image alone, whatever batch it is in: sums over pixels are
+    of whole numbers, all else is elementwise.
+    """
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]):
+        super().__init__()
+        for name, values in (("mean_C11", mean), ("std_C11", std), ("luma_C11", (0.299, 0.587, 0.114))):
+            self.register_buffer(name, torch.tensor(values, dtype=torch.float64).view(3, 1, 1), persistent=False)
+        self.mean_C11: Tensor
+        self.std_C11: Tensor
+        self.luma_C11: Tensor
+
+    def forward(self, image_NCHW: Tensor, variation_NV: Tensor, dtype: torch.dtype) -> Tensor:
+        """Uint8 images and the variation of each -> images of dtype."""
+        flip_N, brightness_N, contrast_N, saturation_N = variation_NV.unbind(1)
+        flip_N111 = flip_N.bool().view(-1, 1, 1, 1)
+        image_NCHW = torch.where(flip_N111, image_NCHW.flip(3), image_NCHW)
+        luma_N = (image_NCHW.sum((2, 3), dtype=torch.int64) * self.luma_C11.flatten()).sum(1)
+        mean_N = luma_N / (image_NCHW.shape[2] * image_NCHW.shape[3]) * brightness_N
+        # One affine map of colours for all three, clipped once: p -> bc (s p + (1 - s) luma(p)) + (1 - c) b mean.
+        own_N111, grey_N111, offset_N111 = (
+            value_N.to(dtype).view(-1, 1, 1, 1)
+            for value_N in (
+                brightness_N * contrast_N * saturation_N,
+                brightness_N * contrast_N * (1 - saturation_N),
+                (1 - contrast_N) * mean_N,
+            )
+        )
+        pixel_NCHW = image_NCHW.to(dtype)
+        luma_N1HW = (pixel_NCHW * self.luma_C11.to(dtype)).sum(1, keepdim=True)
+        varied_NCHW = torch.addcmul(luma_N1HW * grey_N111 + offset_N111, pixel_NCHW, own_N111).clamp_(0, 255)
+        scale_C11, shift_C11 = 1 / (255 * self.std_C11), self.mean_C11 / self.std_C11
+        return varied_NCHW * scale_C11.to(dtype) - shift_C11.to(dtype)
+
+
+def resized(pixels_HWC: Pixels, size: int) -> Pixels:
+    """The image as (size, size, 3). Bilinear, with the support widened on shrinking so that texture does not alias.
+
+    Torch's kernel for uint8: within one level of Pillow's and 3.6 times as fast (190 against 690 us for ImageNet's
+    crops; OpenCV's area resize takes 436).
+    """
+    image_NCHW = torch.from_numpy(pixels_HWC).permute(2, 0, 1)[None]
+    output = nn.functional.interpolate(image_NCHW, (size, size), mode="bilinear", antialias=True)
+    view: Pixels = output[0].permute(1, 2, 0).numpy()
+    return view
 
 
 def _crop_box(width: int, height: int, area_min: float, draw: Iterator[float]) -> Box:
@@ -77,16 +141,3 @@ def _crop_box(width: int, height: int, area_min: float, draw: Iterator[float]) -
     side = min(width, height)
     left, top = (width - side) // 2, (height - side) // 2
     return left, top, left + side, top + side
-
-
-def _resized(image: Pixels, box: Box, size: int) -> Image.Image:
-    # Bilinear with the support widened on shrinking, so that fine texture does not alias.
-    return Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR, box=box)
-
-
-def _distorted(image: Image.Image, brightness: float, contrast: float, saturation: float) -> Image.Image:
-    """All three as one affine map of colours, applied in one pass in C and clipped once to 0..255."""
-    mean = float(np.asarray(image).mean((0, 1)) @ _LUMA) * brightness
-    matrix = brightness * contrast * (saturation * np.eye(3) + (1 - saturation) * _LUMA)
-    offset = np.full((3, 1), (1 - contrast) * mean)
-    return image.convert("RGB", tuple(np.hstack([matrix, offset]).ravel().tolist()))

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.data.augment import UNCHANGED, Variation
 from pipeline.data.decode import Pixels
 from pipeline.data.keyed_random import signed
 
@@ -23,6 +24,7 @@ class Batch(NamedTuple):
     image_NCHW: Tensor  # uint8, channels last in memory
     label_N: Tensor  # int64
     key_N: Tensor  # int64, hash of (seed, epoch, sample): keys the dropout
+    variation_NV: Tensor  # float64, flip, brightness, contrast and saturation, for augment.Preparation
     weight_N: Tensor  # float32, 1 for an image, 0 for padding
     sample_N: Tensor  # int64, number of the sample in its split
 
@@ -52,13 +54,15 @@ def collate(
     images: Sequence[Pixels],
     labels: Sequence[int],
     keys: Sequence[int],
+    variations: Sequence[Variation],
     samples: Sequence[int],
     size: int,
     padded_to: int = 0,
 ) -> Batch:
     """A Batch of images (size, size, 3), filled up with black images of weight 0 to padded_to."""
     real, total = len(images), max(len(images), padded_to)
-    pixels_NHWC = np.zeros((total, size, size, 3), dtype=np.uint8)
+    pixels_NHWC = np.empty((total, size, size, 3), dtype=np.uint8)
+    pixels_NHWC[real:] = 0
     for row, image in enumerate(images):
         pixels_NHWC[row] = image
     padding = [0] * (total - real)
@@ -68,6 +72,7 @@ def collate(
         torch.from_numpy(pixels_NHWC).permute(0, 3, 1, 2),
         torch.tensor([*labels, *padding], dtype=torch.int64),
         torch.tensor([*map(signed, keys), *padding], dtype=torch.int64),
+        torch.tensor([*variations, *[UNCHANGED] * len(padding)], dtype=torch.float64).view(total, len(UNCHANGED)),
         weight_N,
         torch.tensor([*samples, *padding], dtype=torch.int64),
     )

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
 
+from pipeline.data.dataset import Dataset
 from pipeline.data.decode import DecodeError, decode
 from pipeline.data.keyed_random import mixed, permutation
-from pipeline.data.shards import Manifest, Split, load_split, read_manifest
+from pipeline.data.order import shard_mixing
+from pipeline.data.split import Split
 from pipeline.data.stream import ShardStream
 
 
 @dataclass(frozen=True, slots=True)
 class SplitFacts:
-    """One split in numbers. bytes_*: of the stored images. Widths and heights in pixels, of up to 256 of them."""
+    """One split in numbers. bytes_*: of the stored images. Widths and heights in pixels, of up to 256 of them.
+
+    mixing: label entropy of a shard over that of as many samples of all; near 0 = sorted by class.
+    """
 
     samples: int
     shards: int
@@ -26,20 +30,18 @@ class SplitFacts:
     class_most: int
     width: tuple[int, int, int]  # smallest, median, largest
     height: tuple[int, int, int]
+    mixing: float
 
 
-def describe(root: Path) -> tuple[Manifest, dict[str, SplitFacts]]:
+def describe(dataset: Dataset) -> dict[str, SplitFacts]:
     """Facts of every split. Raises DataError."""
-    manifest = read_manifest(root)
-    return manifest, {name: _facts(load_split(root, manifest, name, len(manifest.classes)), len(manifest.classes))
-                      for name in manifest.splits}  # fmt: skip
+    return {name: _facts(dataset, dataset.split(name)) for name in dataset.manifest.splits}
 
 
-def contact_sheet(root: Path, split_name: str, columns: int = 10, rows: int = 6, cell: int = 96) -> Image.Image:
+def contact_sheet(dataset: Dataset, split_name: str, columns: int = 10, rows: int = 6, cell: int = 96) -> Image.Image:
     """Columns x rows images, of as many classes as fit, each with its label. Damaged ones are crossed out."""
-    manifest = read_manifest(root)
-    split = load_split(root, manifest, split_name, len(manifest.classes))
-    stream, caption = ShardStream(split), 14
+    split = dataset.split(split_name)
+    stream, caption = ShardStream(dataset, split), 14
     sheet = Image.new("RGB", (columns * cell, rows * (cell + caption)), "white")
     draw = ImageDraw.Draw(sheet)
     for place, sample in enumerate(_spread(split, columns * rows)):
@@ -52,15 +54,15 @@ def contact_sheet(root: Path, split_name: str, columns: int = 10, rows: int = 6,
             sheet.paste(shown, (x + (cell - shown.width) // 2, y + (cell - shown.height) // 2))
         except DecodeError:
             draw.line((x, y, x + cell, y + cell), "red")
-        name = manifest.classes[split.label_S[sample]].name
+        name = dataset.manifest.classes[split.label_S[sample]].name
         draw.text((x + 3, y + cell - 1), name[: cell // 7], "black")
     stream.close()
     return sheet
 
 
-def _facts(split: Split, num_classes: int) -> SplitFacts:
-    per_class = np.bincount(split.label_S, minlength=num_classes)
-    stream = ShardStream(split)
+def _facts(dataset: Dataset, split: Split) -> SplitFacts:
+    per_class = np.bincount(split.label_S, minlength=len(dataset.manifest.classes))
+    stream = ShardStream(dataset, split)
     sides = []
     for sample in permutation(len(split), key=0)[:256]:
         try:
@@ -76,13 +78,14 @@ def _facts(split: Split, num_classes: int) -> SplitFacts:
 
     return SplitFacts(
         samples=len(split),
-        shards=len(split.shards),
+        shards=len(split.entries),
         bytes_mean=float(split.length_S.mean()),
         bytes_total=int(split.length_S.sum()),
         class_fewest=int(per_class.min()),
         class_most=int(per_class.max()),
         width=spread(1),
         height=spread(0),
+        mixing=shard_mixing(split.shard_counts, split.label_S),
     )
 
 

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from pipeline.data.keyed_random import mixed, permutation
 
-_SHARDS, _WINDOW = 1, 2  # what a key is for
+SORTED = 0.8  # label mixing of shards below which they count as sorted by class
+_SHARDS, _WINDOW, _QUALITY = 1, 2, 5  # what a key is for
 
 
 class Order:
@@ -41,6 +42,16 @@ class Order:
         begin = int(ends[window - 1]) if window else 0
         return int(self._samples(epoch, window, shards)[index - begin])
 
+    def window_of(self, epoch: int, index: int) -> int:
+        """Number of the window in which a place lies; the end lies in the last."""
+        _, ends = self._plan(epoch)
+        return min(int(np.searchsorted(ends, index, side="right")), len(ends) - 1)
+
+    def shards_from(self, epoch: int, window: int) -> list[int]:
+        """Shards in the order in which windows come to them, from a window to the epoch's end."""
+        shards, _ = self._plan(epoch)
+        return [int(shard) for shard in shards[window * self.window :]]
+
     def _plan(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """The epoch's order of shards, and the place where each window ends."""
         if self._epoch is None or self._epoch[0] != epoch:
@@ -58,3 +69,32 @@ class Order:
             shuffled = samples[permutation(len(samples), mixed(self.seed, epoch, _WINDOW, window))]
             self._window = ((epoch, window), shuffled)
         return self._window[1]
+
+
+def shuffle_quality(order: Order, label_S: NDArray[np.integer], batch_size: int, batches: int = 64) -> float:
+    """How well mixed the labels of a batch are: their entropy over that of batches drawn from all samples; 1 = as well.
+
+    The mean over `batches` batches at even distances in the first epoch.
+    """
+    classes = int(label_S.max()) + 1
+    batch_size = min(batch_size, len(order))
+    starts = np.linspace(0, len(order) - batch_size, num=batches, dtype=np.int64)
+    drawn = permutation(len(order), mixed(order.seed, _QUALITY))
+    ours = [_entropy(label_S[[order.sample(0, int(s) + i) for i in range(batch_size)]], classes) for s in starts]
+    uniform = [_entropy(label_S[drawn[s : s + batch_size]], classes) for s in starts]
+    return float(np.mean(ours) / np.mean(uniform)) if any(uniform) else 1.0
+
+
+def shard_mixing(shard_counts: Sequence[int], label_S: NDArray[np.integer]) -> float:
+    """Label entropy of a shard over that of as many samples of all, in the mean; near 0 = sorted by class."""
+    classes = int(label_S.max()) + 1
+    drawn = label_S[permutation(len(label_S), mixed(_QUALITY))]
+    ends = np.cumsum(shard_counts)
+    pieces = [slice(end - count, end) for count, end in zip(shard_counts, ends, strict=True)]
+    ours, uniform = ([_entropy(labels[piece], classes) for piece in pieces] for labels in (label_S, drawn))
+    return float(np.mean(ours) / np.mean(uniform)) if any(uniform) else 1.0
+
+
+def _entropy(label_N: NDArray[np.integer], classes: int) -> float:
+    share_K = np.bincount(label_N, minlength=classes) / len(label_N)
+    return float(-(share_K[share_K > 0] * np.log2(share_K[share_K > 0])).sum())

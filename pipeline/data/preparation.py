@@ -7,31 +7,36 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from pipeline.data.shards import DataError, Manifest, read_manifest
+from pipeline.data.dataset import Dataset, Location, open_dataset
+from pipeline.data.indexing import Progress
+from pipeline.data.shards import DataError
 
 
-def ready_data(root: Path, *, source: str = "", say: Callable[[str], None] = print) -> Manifest:
-    """The manifest of the data set at root, with training and validation images; packed from source if absent.
+def ready_data(
+    location: Location,
+    *,
+    source: str = "",
+    workers: int = 1,
+    progress: Progress = lambda done, total: None,
+    say: Callable[[str], None] = print,
+) -> Dataset:
+    """The data set at a location, with training and validation images; packed from source if absent.
 
     source: what to pack on first use ("" = nothing). Raises DataError.
     """
-    if source and not root.exists():
+    root = Path(location.root)
+    if source and not location.is_remote and not root.exists():
         say(f"packing {source} into {root}")
         _pack(source, root)
-    manifest = read_manifest(root)
+    dataset = open_dataset(location, workers=workers, progress=progress, say=say)
     for split in ("train", "val"):
-        if not manifest.splits.get(split):
+        if not dataset.manifest.splits.get(split):
             raise DataError(
-                f"data.root = {root} has no split {split!r}; write it again from a source with {split}/, "
-                "or with --holdout 0.1"
+                f"data.root = {location.root} has no split {split!r}; write it again from a source with {split}/ or "
+                f"with --holdout 0.1, or say which shards it is with data.{split}"
             )
-        missing = [entry.shard for entry in manifest.splits[split] if not (root / entry.shard).is_file()]
-        if missing:
-            raise DataError(
-                f"data.root = {root} lacks {missing[0]}{f' and {len(missing) - 1} more' if missing[1:] else ''}; "
-                "bring the shards back, or write them again"
-            )
-    return manifest
+    dataset.check_shards()
+    return dataset
 
 
 def _pack(source: str, root: Path) -> None:

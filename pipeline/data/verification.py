@@ -1,29 +1,24 @@
-"""Re-reading every byte of a packed data set and naming each fault.
+"""Re-reading every byte of a data set and naming each fault.
 
 Per shard: its size and hash, every tar header and the order of its members, every image against the
-hash in the index, every label; per data set: that manifest and indexes fit together. Anything else
-that differs from what was written (padding, say) is caught by the hash of the whole shard.
+hash in the index, every label. Anything else that differs from what was indexed (padding, say) is
+caught by the hash of the whole shard.
 """
 
 from __future__ import annotations
 
-import tarfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
+from pipeline.data.dataset import Dataset
 from pipeline.data.decode import DecodeError, decode
-from pipeline.data.shards import (
-    DataError,
-    Index,
-    Manifest,
-    ShardEntry,
-    file_sha256,
-    payload_digest,
-    read_index,
-    read_manifest,
-)
+from pipeline.data.shards import DataError, file_sha256, payload_digest
+from pipeline.data.split import Split
+from pipeline.data.tars import Member, members
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,86 +32,86 @@ class Report:
 
 
 def verify(
-    root: Path, *, decode_images: bool = False, workers: int = 1, progress: Callable[[int, int], None] = lambda *_: None
+    dataset: Dataset,
+    *,
+    decode_images: bool = False,
+    workers: int = 1,
+    progress: Callable[[int, int], None] = lambda *_: None,
 ) -> Report:
-    """Read the data set at root again, decoding each image on demand. Raises DataError without a manifest."""
-    manifest = read_manifest(root)
-    entries = [(split, entry) for split, entries in sorted(manifest.splits.items()) for entry in entries]
-    total = sum(entry.count for _, entry in entries)
+    """Read a data set again, decoding each image on demand. Raises DataError for a damaged table."""
+    splits = {name: dataset.split(name) for name in sorted(dataset.manifest.splits)}
+    checks = [(split, number) for split in splits.values() for number in range(len(split.entries))]
+    total = sum(len(split) for split in splits.values())
     faults: list[str] = []
     done = 0
     with ThreadPoolExecutor(workers) as pool:  # hashing and decoding release the interpreter lock
-        checks = pool.map(lambda item: _shard_faults(root, manifest, item[1], decode_images), entries)
-        for (_, entry), found in zip(entries, checks, strict=True):
-            faults += found
-            done += entry.count
+        found = pool.map(lambda check: _shard_faults(dataset, check[0], check[1], decode_images), checks)
+        for (split, number), shard_faults in zip(checks, found, strict=True):
+            faults += shard_faults
+            done += split.entries[number].count
             progress(done, total)
-    return Report(total, len(entries), sum(entry.bytes for _, entry in entries), faults)
+    entries = [split.entries[number] for split, number in checks]
+    return Report(total, len(entries), sum(entry.bytes for entry in entries), faults)
 
 
-def _shard_faults(root: Path, manifest: Manifest, entry: ShardEntry, decode_images: bool) -> list[str]:
-    path = root / entry.shard
+def _shard_faults(dataset: Dataset, split: Split, number: int, decode_images: bool) -> list[str]:
+    entry = split.entries[number]
     try:
-        index, checksum = read_index(path)
+        path = dataset.path(entry)
     except DataError as error:
         return [str(error)]
     if not path.is_file():
         return [f"{path}: missing"]
-    faults = []
-    if checksum != entry.checksum:
-        faults.append(f"{path.with_suffix('.json')}: is not the index that the manifest lists")
     size = path.stat().st_size
-    if size != index.bytes:
-        faults.append(f"{path}: has {size} bytes, written were {index.bytes}")
-    faults += _sample_faults(path, index, len(manifest.classes), decode_images)
-    faults += _member_faults(path, index)
-    if not faults and file_sha256(path) != index.sha256:
-        faults.append(f"{path}: differs from what was written, outside all images and headers")
+    faults = [] if size == entry.bytes else [f"{path}: has {size} bytes, indexed were {entry.bytes}"]
+    first, last = np.searchsorted(split.shard_S, [number, number + 1])
+    samples = range(int(first), int(last))
+    faults += _image_faults(path, split, samples, decode_images)
+    faults += _member_faults(path, split, samples)
+    if not faults and file_sha256(path) != entry.sha256:
+        faults.append(f"{path}: differs from what was indexed, outside all images and headers")
     return faults
 
 
-def _sample_faults(path: Path, index: Index, num_classes: int, decode_images: bool) -> list[str]:
+def _image_faults(path: Path, split: Split, samples: range, decode_images: bool) -> list[str]:
     faults = []
     with path.open("rb") as file:
-        columns = zip(index.key, index.label, index.offset, index.length, index.digest, strict=True)
-        for key, label, offset, length, digest in columns:
+        for sample in samples:
+            offset, length = int(split.offset_S[sample]), int(split.length_S[sample])
             file.seek(offset)
             payload = file.read(length)
-            if payload_digest(payload) != digest:
-                faults.append(
-                    f"{path}: image {key} (bytes {offset} to {offset + length}) differs from what was written"
-                )
+            if payload_digest(payload) != split.digest(sample):
+                faults.append(f"{path}: image {split.key(sample)} (bytes {offset} to {offset + length}) differs from "
+                              "what was indexed")  # fmt: skip
             elif decode_images:
                 try:
                     decode(payload)
                 except DecodeError as error:
-                    faults.append(f"{path}: image {key} does not decode: {error}")
-            if not 0 <= label < num_classes:
-                faults.append(f"{path}: label {label} of {key} lies outside the {num_classes} classes")
+                    faults.append(f"{path}: image {split.key(sample)} does not decode: {error}")
     return faults
 
 
-def _member_faults(path: Path, index: Index) -> list[str]:
-    """Walk the headers. A damaged one hides all that follow, which tarfile alone would pass over in silence."""
-    expected = dict(zip(index.offset, zip(index.key, index.label, strict=True), strict=True))
-    labels = dict(zip(index.key, index.label, strict=True))
-    found, end = 0, 0
-    try:
-        with tarfile.open(path, mode="r:") as tar:
-            for member in tar:
-                end = member.offset_data + -(-member.size // 512) * 512
-                key, _, suffix = member.name.partition(".")
-                if suffix == "cls":
-                    content = tar.extractfile(member)
-                    text = content.read() if content else b""
-                    if key not in labels or text != str(labels[key]).encode():
-                        return [f"{path}: member {member.name} at byte {member.offset} does not fit the index"]
-                elif member.offset_data in expected:
-                    found += 1
-                    if expected[member.offset_data][0] != key:
-                        return [f"{path}: header at byte {member.offset} names {key}, the index another key"]
-    except tarfile.TarError as error:
-        return [f"{path}: tar header at byte {end}: {error}"]
-    if found != len(index):
-        return [f"{path}: damaged tar header at byte {end}: {found} of {len(index)} images can be reached"]
+def _member_faults(path: Path, split: Split, samples: range) -> list[str]:
+    """Walk the headers, of which a damaged one hides all that follow, and read the labels."""
+    keys = {int(split.offset_S[s]): split.key(s) for s in samples}
+    labels = {split.key(s): int(split.label_S[s]) for s in samples}
+    found = 0
+    with path.open("rb") as file:
+        try:
+            walked: list[Member] = list(members(file, str(path), remedy="bring a sound copy"))
+        except DataError as error:
+            return [str(error)]
+        for member in walked:
+            key, suffix = member.key_and_suffix or ("", "")
+            if member.offset in keys:
+                found += 1
+                if keys[member.offset] != key:
+                    return [f"{path}: header at byte {member.header} names {key}, the index another key"]
+            elif suffix == "cls":
+                file.seek(member.offset)
+                text = file.read(member.size).decode("ascii", "replace").strip()
+                if key not in labels or text != str(labels[key]):
+                    return [f"{path}: member {member.name} at byte {member.header} does not fit the index"]
+    if found != len(samples):
+        return [f"{path}: {found} of {len(samples)} images can be reached by its headers"]
     return []

@@ -12,7 +12,6 @@ import json
 import multiprocessing
 import os
 import signal
-import tarfile
 import threading
 import zipfile
 from collections.abc import Callable, Iterator
@@ -24,6 +23,7 @@ from pathlib import Path, PurePosixPath
 from webdataset import TarWriter
 
 from pipeline.data.decode import image_type
+from pipeline.data.indexing import Progress, index_shard
 from pipeline.data.keyed_random import mixed, permutation
 from pipeline.data.shards import (
     MANIFEST,
@@ -34,15 +34,14 @@ from pipeline.data.shards import (
     ShardEntry,
     file_sha256,
     index_path,
-    payload_digest,
     read_index,
     read_manifest,
+    write_atomically,
     write_index,
     write_manifest,
 )
 from pipeline.data.sources import DIGITS, Sample, Source, digits, open_source, read
-
-Progress = Callable[[int, int], None]  # images done, images in all
+from pipeline.data.split import table_path, write_table
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,12 +88,15 @@ def write_shards(
             manifest = read_manifest(root)
             if manifest.plan != plan:
                 raise DataError(f"{root} holds another data set; give an empty directory, or remove that one")
-            if all(_is_done(job) for job in jobs):
+            if all(_is_done(job) for job in jobs) and all(
+                table_path(root, split).is_file() and file_sha256(table_path(root, split)) == sha256
+                for split, sha256 in manifest.samples.items()
+            ):
                 return manifest
         for leftover in root.glob(".*.tmp"):
             leftover.unlink()
         _write_all(jobs, workers, progress)
-        return write_manifest(root, source.classes, _entries(jobs), plan)
+        return _manifest(root, jobs, source.classes, plan)
     finally:
         if location == DIGITS:
             _digits_file(root).unlink(missing_ok=True)
@@ -150,7 +152,7 @@ def _ignoring_interrupts() -> Iterator[None]:
 def _is_done(job: Job) -> bool:
     path = Path(job.path)
     try:
-        index, _ = read_index(path)
+        index = read_index(path)
     except DataError:
         return False
     if index.plan != job.plan:
@@ -170,9 +172,10 @@ def _write_shard(job: Job) -> int:
                     writer.write(_record(sample, job.classes, read(sample, archives)))
             file.flush()
             os.fsync(file.fileno())
-        index = index_shard(temporary, path.name, job.plan)
+        index, offsets = index_shard(temporary, path.name, job.plan)
         index_path(path).unlink(missing_ok=True)
         temporary.replace(path)
+        write_atomically(path.with_suffix(".idx"), offsets.encode())
         write_index(path, index)
     except (OSError, zipfile.BadZipFile) as error:
         raise DataError(f"{path}: {error}; what is written stays, the same command goes on from there") from None
@@ -214,36 +217,13 @@ def _check_keys(samples: list[Sample]) -> None:
         seen[key] = sample.name
 
 
-def index_shard(path: Path, name: str, plan: str = "") -> Index:
-    """Index of a tar on disk, from its own headers. name: what the shard is called. Raises DataError."""
-    columns: dict[str, list[str]] = {"key": [], "digest": []}
-    numbers: dict[str, list[int]] = {"label": [], "offset": [], "length": []}
-    with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
-        for member in tar:
-            key, _, suffix = member.name.partition(".")
-            content = tar.extractfile(member)
-            if content is None:
-                continue
-            if suffix == "cls":
-                numbers["label"].append(int(content.read()))
-            elif suffix in ("jpg", "jpeg", "png", "webp"):
-                columns["key"].append(key)
-                columns["digest"].append(payload_digest(content.read()))
-                numbers["offset"].append(member.offset_data)
-                numbers["length"].append(member.size)
-    return Index(
-        shard=name, count=len(columns["key"]), bytes=path.stat().st_size, sha256=file_sha256(path), plan=plan,
-        key=columns["key"], digest=columns["digest"], **numbers,
-    )  # fmt: skip
-
-
-def _entries(jobs: list[Job]) -> dict[str, list[ShardEntry]]:
-    splits: dict[str, list[ShardEntry]] = {}
+def _manifest(root: Path, jobs: list[Job], classes: list[ClassName], plan: str) -> Manifest:
+    indexes: dict[str, list[Index]] = {}
     for job in jobs:
-        index, checksum = read_index(Path(job.path))
-        entry = ShardEntry(Path(job.path).name, len(index), index.bytes, checksum)
-        splits.setdefault(job.split, []).append(entry)
-    return splits
+        indexes.setdefault(job.split, []).append(read_index(Path(job.path)))
+    splits = {split: [ShardEntry(i.shard, len(i), i.bytes, i.sha256) for i in of] for split, of in indexes.items()}
+    samples = {split: write_table(root, split, of) for split, of in indexes.items()}
+    return write_manifest(root, classes, splits, samples, plan)
 
 
 def _digits_file(root: Path) -> Path:

@@ -5,7 +5,6 @@ Legend: N images, K classes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, Protocol
 
 import lightning
@@ -33,22 +32,27 @@ class Batch(Protocol):
     def key_N(self) -> Tensor: ...  # int64, one for each image and epoch
 
     @property
+    def variation_NV(self) -> Tensor: ...  # how each image is varied on the device
+
+    @property
     def weight_N(self) -> Tensor: ...  # 1 for an image, 0 for padding
 
 
 class Classifier(lightning.LightningModule):
-    """A model, its loss, and its optimizer on a schedule. mean, std: of pixels in 0..1, per colour."""
+    """A model, its loss, and its optimizer on a schedule.
+
+    prepare: makes the model's input of a batch's images and variations, in the dtype it is given.
+    """
 
     def __init__(
         self,
         model: nn.Module,
         *,
+        prepare: nn.Module,
         loss: Loss,
         schedule: Schedule,
         momentum: float,
         weight_decay: float,
-        mean: Sequence[float],
-        std: Sequence[float],
         world: int,
         pieces: int,
     ):
@@ -56,18 +60,15 @@ class Classifier(lightning.LightningModule):
         self.model = model.to(memory_format=torch.channels_last)
         self.loss, self.schedule = loss, schedule
         self.momentum, self.weight_decay, self.world, self.pieces = momentum, weight_decay, world, pieces
-        self.register_buffer("mean_C11", torch.tensor(mean, dtype=torch.float64).view(3, 1, 1), persistent=False)
-        self.register_buffer("std_C11", torch.tensor(std, dtype=torch.float64).view(3, 1, 1), persistent=False)
-        self.mean_C11: Tensor
-        self.std_C11: Tensor
+        self.prepare = prepare
         self.step_sums: Sums | None = None  # of this rank, since the last report
         self.validation_sums: Sums | None = None
         self.scores: Scores | None = None  # of the last validation
 
     def forward(self, batch: Batch) -> Logits:
         dtype = next(self.model.parameters()).dtype
-        scale_C11, offset_C11 = 1 / (255 * self.std_C11), self.mean_C11 / self.std_C11
-        image_NCHW = batch.image_NCHW.to(dtype) * scale_C11.to(dtype) - offset_C11.to(dtype)
+        with torch.no_grad():
+            image_NCHW = self.prepare(batch.image_NCHW, batch.variation_NV, dtype)
         set_sample_keys(self.model, batch.key_N)
         output = self.model(image_NCHW)
         return output if isinstance(output, Logits) else Logits(output)

@@ -3,6 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline.data.augment import UNCHANGED, Variation
 from pipeline.data.batch import collate, micro_batches, rank_places, share
 
 sizes = st.integers(1, 300)
@@ -36,9 +37,10 @@ def test_the_micro_batch_does_not_depend_on_ranks_for_the_same_number_of_pieces(
 
 def test_padding_has_no_weight_and_images_stay_in_place():
     images = [np.full((4, 4, 3), value, np.uint8) for value in (7, 9)]
-    batch = collate(images, [1, 2], [2**64 - 1, 5], [10, 11], 4, padded_to=3)
+    batch = collate(images, [1, 2], [2**64 - 1, 5], [Variation(1, 2, 3, 4), UNCHANGED], [10, 11], 4, padded_to=3)
     assert batch.image_NCHW.shape == (3, 3, 4, 4)
     assert batch.image_NCHW.is_contiguous(memory_format=torch.channels_last)
     assert batch.weight_N.tolist() == [1, 1, 0]
     assert batch.key_N.tolist() == [-1, 5, 0]
     assert batch.image_NCHW[:, 0, 0, 0].tolist() == [7, 9, 0]
+    assert batch.variation_NV.tolist() == [[1, 2, 3, 4], [0, 1, 1, 1], [0, 1, 1, 1]]

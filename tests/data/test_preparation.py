@@ -1,5 +1,6 @@
 import pytest
 
+from pipeline.data.dataset import Location
 from pipeline.data.preparation import ready_data
 from pipeline.data.shards import DataError
 
@@ -7,8 +8,8 @@ from pipeline.data.shards import DataError
 def test_a_source_is_packed_once_and_leaves_nothing_beside(tmp_path):
     said = []
     root = tmp_path / "shards" / "digits"
-    first = ready_data(root, source="digits", say=said.append)
-    assert ready_data(root, source="digits", say=said.append) == first
+    first = ready_data(Location(str(root)), source="digits", say=said.append)
+    assert ready_data(Location(str(root)), source="digits", say=said.append) == first
     assert said == [f"packing digits into {root}"]
     assert [path.name for path in root.parent.iterdir()] == ["digits"]
 
@@ -26,7 +27,7 @@ def test_of_two_runs_that_pack_at_once_one_brings_its_directory_in(tmp_path, mon
         return manifest
 
     monkeypatch.setattr(writer, "write_shards", overtaken)
-    assert ready_data(root, source="digits").count("train") == 1437
+    assert ready_data(Location(str(root)), source="digits").manifest.count("train") == 1437
     assert [path.name for path in tmp_path.iterdir()] == ["digits"]
 
 
@@ -37,4 +38,4 @@ def test_a_shard_that_is_gone_is_named(shards, tmp_path):
     shutil.copytree(shards, root)
     (root / "train-000002.tar").unlink()
     with pytest.raises(DataError, match=r"lacks train-000002\.tar; bring the shards back, or write them again"):
-        ready_data(root)
+        ready_data(Location(str(root)))

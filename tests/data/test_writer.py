@@ -59,12 +59,12 @@ def test_shards_hold_every_image_once_with_its_class(folders, shards):
 
 
 def test_shards_are_not_sorted_by_class(shards):
-    index, _ = read_index(shards / "train-000000.tar")
+    index = read_index(shards / "train-000000.tar")
     assert len(set(index.label[:10])) > 2
 
 
 def test_index_points_at_every_payload(shards):
-    index, _ = read_index(shards / "train-000001.tar")
+    index = read_index(shards / "train-000001.tar")
     raw = (shards / "train-000001.tar").read_bytes()
     with tarfile.open(shards / "train-000001.tar") as tar:
         for key, offset, length in zip(index.key, index.offset, index.length, strict=True):

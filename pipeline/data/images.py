@@ -1,0 +1,86 @@
+"""Images of a split, a bad one replaced: the order of samples and the shape of a batch never give way to it.
+
+What stands in is a function of (seed, epoch, sample), so that it too is the same on any ranks and workers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from pipeline.data.dataset import Dataset
+from pipeline.data.decode import DecodeError, Pixels
+from pipeline.data.keyed_random import mixed
+from pipeline.data.shards import DataError
+from pipeline.data.split import Split
+from pipeline.data.stream import ShardStream
+
+_SUBSTITUTE = 4  # what a key is for; order.py has 1 and 2, loader.py 3
+_TRIES_IN_SHARD, _TRIES = 8, 16
+
+
+class Fault(NamedTuple):
+    """A sample that could not be used. offset: its bytes' in the shard; substitute: the sample in its place, or -1."""
+
+    sample: int
+    substitute: int
+    shard: str
+    key: str
+    offset: int
+    reason: str
+
+
+class Images:
+    """Samples of one split, decoded by whoever asks."""
+
+    def __init__(self, stream: ShardStream):
+        self.stream = stream
+
+    @property
+    def split(self) -> Split:
+        return self.stream.split
+
+    def load(self, sample: int, crop: Callable[[bytes], Pixels]) -> Pixels | Fault:
+        """The sample's crop, or why there is none. Raises DataError for a lost shard."""
+        try:
+            return crop(self.stream.read(sample))
+        except DecodeError as error:
+            return self._fault(sample, str(error))
+
+    def load_or_substitute(
+        self, sample: int, crop: Callable[[bytes], Pixels], seed: int, epoch: int
+    ) -> tuple[Pixels, int, list[Fault]]:
+        """A crop, the sample it is of, and the faults met on the way. Raises DataError after 16 bad ones in a row.
+
+        The first eight candidates are of the same shard, which is at hand; then come all.
+        """
+        pixels = self.load(sample, crop)
+        faults: list[Fault] = []
+        candidate = sample
+        while isinstance(pixels, Fault):
+            faults.append(pixels)
+            if len(faults) > _TRIES:
+                raise DataError(
+                    f"{faults[0].shard}: {faults[0].key} and {_TRIES} samples to stand in for it are bad (last: "
+                    f"{pixels.reason}); run `pipeline shards verify --decode {self.split.root}`"
+                )
+            candidate = self._candidate(sample, mixed(seed, epoch, sample, _SUBSTITUTE, len(faults)), len(faults))
+            pixels = self.load(candidate, crop)
+        return pixels, candidate, [fault._replace(substitute=candidate) for fault in faults]
+
+    def _candidate(self, sample: int, bits: int, attempt: int) -> int:
+        if attempt > _TRIES_IN_SHARD:
+            return bits % len(self.split)
+        shard = int(self.split.shard_S[sample])
+        counts = self.split.shard_counts
+        return sum(counts[:shard]) + bits % counts[shard]
+
+    def _fault(self, sample: int, reason: str) -> Fault:
+        split = self.split
+        where, offset = split.entries[int(split.shard_S[sample])].shard, int(split.offset_S[sample])
+        return Fault(sample, -1, where, split.key(sample), offset, reason)
+
+
+def open_images(dataset: Dataset, split: str, num_classes: int) -> Images:
+    """The images of one split. Raises DataError."""
+    return Images(ShardStream(dataset, dataset.split(split, num_classes)))

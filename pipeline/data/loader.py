@@ -1,0 +1,279 @@
+"""Loaders that can stop and continue: a position is (epoch, global sample index), the same on every rank.
+
+An item is a rank's whole share of one (micro-)batch, computed from its place alone, so worker processes
+may be any number without changing what is trained on. They are started once and serve every epoch,
+validation and estimate of statistics in turn. This file knows no Lightning: a worker imports it.
+"""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+from torch.utils.data import DataLoader, Dataset
+
+from pipeline.data.augment import UNCHANGED, Augmentation, CentreCrop
+from pipeline.data.batch import Batch, collate, micro_batches, rank_places, share
+from pipeline.data.dataset import Dataset as Source
+from pipeline.data.images import Fault, Images, open_images
+from pipeline.data.keyed_random import mixed
+from pipeline.data.order import Order
+from pipeline.data.read_ahead import ReadAhead
+from pipeline.data.shards import DataError
+
+_AUGMENT = 3  # what a key is for; order.py has 1, 2 and 5, images.py 4
+_POPULATION_EPOCH = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Batching:
+    """How images are dealt out: the global batch over ranks and micro-batches, in an order keyed by the seed."""
+
+    global_batch_size: int
+    micro_batch_size: int = 0  # images a rank holds at once; 0 = its whole share
+    world: int = 1
+    rank: int = 0
+    seed: int = 0
+    window: int = 0  # shards shuffled together; 0 = all
+    workers: int = 0
+
+    @property
+    def pieces(self) -> int:
+        """Micro-batches a global batch is cut into: forward and backward passes an optimizer step."""
+        return micro_batches(self.global_batch_size, self.world, self.micro_batch_size)
+
+
+class Place(NamedTuple):
+    """Which item: the number-th micro-batch of an epoch, or, in epoch None, the number-th of a validation."""
+
+    epoch: int | None
+    number: int
+
+
+Item = tuple[Batch, list[Fault]]
+
+
+class TrainShares:
+    """A rank's share of every micro-batch of every epoch."""
+
+    def __init__(self, images: Images, augment: Augmentation, batching: Batching):
+        self.images, self.augment, self.batching = images, augment, batching
+        self.order = Order(images.split.shard_counts, seed=batching.seed, window=batching.window)
+
+    def load(self, epoch: int, number: int) -> Item:
+        b = self.batching
+        step, piece = divmod(number, b.pieces)
+        places = rank_places(b.global_batch_size, b.pieces, piece, b.world, b.rank)
+        ordered = [self.order.sample(epoch, step * b.global_batch_size + place) for place in places]
+        keys = [mixed(b.seed, epoch, sample, _AUGMENT) for sample in ordered]
+        faults: list[Fault] = []
+        pixels, samples = [], []
+        for sample, key in zip(ordered, keys, strict=True):
+            image, loaded, met = self.images.load_or_substitute(
+                sample, partial(self.augment.crop, key=key), b.seed, epoch
+            )
+            pixels.append(image)
+            samples.append(loaded)
+            faults += met
+        labels = [int(self.images.split.label_S[s]) for s in samples]
+        variations = [self.augment.variation(key) for key in keys]
+        return collate(pixels, labels, keys, variations, samples, self.augment.size), faults
+
+
+class EvaluationShares:
+    """A rank's share of every evaluation batch: each image once, a bad one and the rest of the last batch padding."""
+
+    def __init__(self, images: Images, crop: CentreCrop, batching: Batching):
+        self.images, self.crop, self.batching = images, crop, batching
+        self.per_rank = -(-batching.global_batch_size // batching.world)
+        if batching.micro_batch_size:
+            self.per_rank = min(self.per_rank, batching.micro_batch_size)
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.images.split) / (self.per_rank * self.batching.world))
+
+    def load(self, number: int) -> Item:
+        whole = self.per_rank * self.batching.world
+        first = number * whole
+        mine = share(min(whole, len(self.images.split) - first), self.batching.world, self.batching.rank)
+        loaded = {first + place: self.images.load(first + place, self.crop.crop) for place in mine}
+        faults = [image for image in loaded.values() if isinstance(image, Fault)]
+        pixels = {sample: image for sample, image in loaded.items() if not isinstance(image, Fault)}
+        labels = [int(self.images.split.label_S[s]) for s in pixels]
+        keys, variations = [0] * len(pixels), [UNCHANGED] * len(pixels)
+        size, samples = self.crop.size, list(pixels)
+        return collate(list(pixels.values()), labels, keys, variations, samples, size, self.per_rank), faults
+
+
+def open_evaluation(source: Source, num_classes: int, crop: CentreCrop, batching: Batching) -> EvaluationShares:
+    """The validation images of a data set. Raises DataError."""
+    return EvaluationShares(open_images(source, "val", num_classes), crop, batching)
+
+
+class Items(Dataset[Item]):
+    """All that a worker can be asked for."""
+
+    def __init__(self, train: TrainShares, evaluation: Callable[[], EvaluationShares]):
+        self.train, self._evaluation = train, evaluation
+        self._opened: EvaluationShares | None = None
+
+    @property
+    def evaluation(self) -> EvaluationShares:
+        """Opened when first asked for: training needs no validation images until then."""
+        if self._opened is None:
+            self._opened = self._evaluation()
+        return self._opened
+
+    def __getitem__(self, place: Place) -> Item:
+        if place.epoch is None:
+            return self.evaluation.load(place.number)
+        return self.train.load(place.epoch, place.number)
+
+
+class Places(Sequence[Place]):
+    """What is asked for next; the workers' loader keeps this one list over all its iterations."""
+
+    def __init__(self) -> None:
+        self.epoch: int | None = 0
+        self.numbers = range(0)
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, index: Any) -> Any:
+        return Place(self.epoch, self.numbers[index])
+
+
+class Workers:
+    """Processes that load items, started at the first use and kept; 0 = the process itself."""
+
+    def __init__(self, items: Items, count: int):
+        self.items, self.count = items, count
+        self._places = Places()
+        self._loader = self._new(self._places)
+        self._busy = False
+
+    def load(self, epoch: int | None, numbers: range) -> Iterator[Item]:
+        """Items in the order of their numbers."""
+        if self._busy:  # one iteration inside another: it gets processes of its own
+            places = Places()
+            places.epoch, places.numbers = epoch, numbers
+            yield from self._new(places, keep=False)
+            return
+        self._places.epoch, self._places.numbers = epoch, numbers
+        self._busy = True
+        try:
+            yield from self._loader
+        finally:
+            self._busy = False
+
+    def _new(self, places: Places, keep: bool = True) -> DataLoader[Item]:
+        options: dict[str, Any] = {}
+        if self.count:
+            # Imported once, before the workers fork from this server: they start in milliseconds and share its pages.
+            multiprocessing.set_forkserver_preload([__name__])
+            options = {
+                "prefetch_factor": 4, "persistent_workers": keep, "multiprocessing_context": "forkserver",
+                "worker_init_fn": _leave_signals,
+            }  # fmt: skip
+        return DataLoader(self.items, batch_size=None, sampler=places, num_workers=self.count, **options)
+
+
+class TrainLoader:
+    """Micro-batches of the epochs, one epoch an iteration; whole global batches only, the rest of an epoch is left out.
+
+    Its state names the next sample. It advances when a batch is handed out, so it is right wherever
+    every batch handed out has been trained on: at the end of an optimizer step. faults: of the batches
+    handed out, for whoever takes them away.
+    """
+
+    def __init__(self, workers: Workers, *, digest: str = "", read_ahead: ReadAhead | None = None):
+        self.workers, self.shares, self.digest, self.read_ahead = workers, workers.items.train, digest, read_ahead
+        self.batching, self.images = self.shares.batching, self.shares.images
+        self.faults: list[Fault] = []
+        self.epoch, self.number = 0, 0  # number: of the next micro-batch of the epoch
+        self.steps = len(self.images.split) // self.batching.global_batch_size
+        self.dropped = len(self.images.split) - self.steps * self.batching.global_batch_size
+        if not self.steps:
+            raise DataError(
+                f"data.global_batch_size = {self.batching.global_batch_size} exceeds the {len(self.images.split)} "
+                "training images, so that an epoch has no step; lower it"
+            )
+
+    def __len__(self) -> int:
+        return self.steps * self.batching.pieces
+
+    def __iter__(self) -> Iterator[Batch]:
+        if self.read_ahead is not None:
+            self.read_ahead.begin(self.epoch, self._sample)
+        for batch, faults in self.workers.load(self.epoch, range(self.number, len(self))):
+            self.faults += faults
+            if self.read_ahead is not None:
+                self.read_ahead.at(self.epoch, self._sample)
+            self.number += 1
+            if self.number == len(self):  # (epoch, end) is (epoch + 1, 0)
+                self.epoch, self.number = self.epoch + 1, 0
+            yield batch
+
+    def population_batches(self, images: int) -> Iterator[Batch]:
+        """Micro-batches for population statistics, at least `images` images over all ranks; moves nothing.
+
+        They begin an order of their own, which depends on the seed alone: whoever estimates from the
+        same weights, in training or later, gets the same statistics.
+        """
+        per_batch = self.batching.global_batch_size / self.batching.pieces
+        count = min(len(self), -int(-images // per_batch))
+        for batch, _ in self.workers.load(_POPULATION_EPOCH, range(count)):
+            yield batch
+
+    @property
+    def _sample(self) -> int:
+        """Place in the epoch of the next global batch."""
+        return self.number // self.batching.pieces * self.batching.global_batch_size
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "epoch": self.epoch, "sample": self._sample, "global_batch_size": self.batching.global_batch_size,
+            "digest": self.digest,
+        }  # fmt: skip
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state["global_batch_size"] != self.batching.global_batch_size:
+            raise DataError(
+                f"data.global_batch_size = {self.batching.global_batch_size}, but the checkpoint was written with "
+                f"{state['global_batch_size']}; it is part of what a run is: keep it, or start a new run"
+            )
+        if state.get("digest", self.digest) != self.digest:
+            raise DataError(
+                f"the checkpoint was written on another data set than {self.images.split.root} holds (digest "
+                f"{state['digest'][:16]}, here {self.digest[:16]}); bring the first one back, or start a new run"
+            )
+        self.epoch = state["epoch"]
+        self.number = state["sample"] // self.batching.global_batch_size * self.batching.pieces
+
+
+class EvaluationLoader:
+    """Batches of the validation images, each image once. faults: of the batches handed out."""
+
+    def __init__(self, workers: Workers):
+        self.workers = workers
+        self.faults: list[Fault] = []
+
+    def __len__(self) -> int:
+        return len(self.workers.items.evaluation)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch, faults in self.workers.load(None, range(len(self))):
+            self.faults += faults
+            yield batch
+
+
+def _leave_signals(worker: int) -> None:
+    """A worker goes on through Ctrl-C and the like, until the process it serves has saved and ends it."""
+    for number in (signal.SIGINT, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
