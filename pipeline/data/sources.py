@@ -1,46 +1,22 @@
 """Where images come from: class folders, a zip of them, the ILSVRC2012 tars, or scikit-learn's digits.
 
-A source is a list of classes and, for each split, samples in sorted order; a sample is a range of
-bytes in some file. Reading is left to whoever packs them.
+Reading is left to whoever packs them.
 """
 
 from __future__ import annotations
 
 import io
-import tarfile
 import zipfile
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
+from pipeline.data.ilsvrc import ILSVRC_TRAIN, published_tars
 from pipeline.data.keyed_random import permutation
 from pipeline.data.shards import ClassName, DataError
+from pipeline.data.source import Sample, Source
 
 SPLITS = {"train": "train", "val": "val", "validation": "val", "test": "val"}
-ILSVRC_TRAIN, ILSVRC_VAL = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
-ILSVRC_DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
 DIGITS = "digits"
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """One image of a source. name: its path there. file, offset, length: its bytes; member: its name inside a zip."""
-
-    name: str
-    label: int
-    file: str
-    offset: int = 0
-    length: int = 0
-    member: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """Everything to be packed: classes in the order of their labels, samples of each split sorted by name."""
-
-    classes: list[ClassName]
-    splits: dict[str, list[Sample]]
-    remarks: tuple[str, ...] = ()  # what was left out
 
 
 def open_source(location: str, holdout: float = 0.0) -> Source:
@@ -60,7 +36,7 @@ def open_source(location: str, holdout: float = 0.0) -> Source:
     if path.is_dir() and (path / ILSVRC_TRAIN).exists():
         if holdout:
             raise DataError(f"--holdout {holdout}: ILSVRC2012 has validation images of its own; leave it out")
-        return _ilsvrc(path)
+        return published_tars(path)
     if path.is_dir():
         return _class_folders(_folder_files(path), _folders(path), str(path), holdout)
     if zipfile.is_zipfile(path):
@@ -194,97 +170,3 @@ def _held_out(samples: list[Sample], fraction: float, classes: int) -> dict[str,
         "train": [s for s in samples if s.name not in held],
         "val": [s for s in samples if s.name in held],
     }
-
-
-def _ilsvrc(root: Path) -> Source:
-    """ILSVRC2012 as published. Labels are places in the sorted list of WNIDs, not the devkit's own ids (1..1000)."""
-    classes, wnid_of = _devkit_classes(root)
-    label_of = {c.id: label for label, c in enumerate(classes)}
-    train_tar, val_tar = root / ILSVRC_TRAIN, root / ILSVRC_VAL
-    train = [
-        Sample(f"train/{wnid}/{name}", label_of[wnid], str(train_tar), offset, length)
-        for wnid, name, offset, length in _nested_members(train_tar, label_of)
-    ]
-    splits = {"train": sorted(train, key=lambda s: s.name)}
-    if val_tar.exists():
-        truth = _devkit_member(root, "ILSVRC2012_validation_ground_truth.txt").decode().split()
-        with val_tar.open("rb") as file:
-            members = sorted(_members(file, val_tar), key=lambda m: m[0])
-        if len(members) != len(truth):
-            raise DataError(f"{val_tar}: {len(members)} images, but the devkit has {len(truth)} labels; fetch it again")
-        splits["val"] = [
-            Sample(f"val/{name}", label_of[wnid_of[int(number)]], str(val_tar), offset, length)
-            for (name, offset, length), number in zip(members, truth, strict=True)
-        ]
-    return Source(classes, splits)
-
-
-def _devkit_member(root: Path, name: str) -> bytes:
-    path = root / ILSVRC_DEVKIT
-    try:
-        with tarfile.open(path, "r:gz") as devkit:
-            for member in devkit:
-                if PurePosixPath(member.name).name == name:
-                    file = devkit.extractfile(member)
-                    if file is not None:
-                        return file.read()
-    except (OSError, tarfile.TarError) as error:
-        raise DataError(f"{path}: {error}; the devkit names classes and validation labels, fetch it again") from None
-    raise DataError(f"{path}: holds no {name}; fetch the devkit of task 1 and 2 again")
-
-
-def _devkit_classes(root: Path) -> tuple[list[ClassName], dict[int, str]]:
-    from scipy.io import loadmat
-
-    synsets = loadmat(io.BytesIO(_devkit_member(root, "meta.mat")), squeeze_me=True)["synsets"]
-    leaves = [s for s in synsets if int(s["num_children"]) == 0]
-    wnid_of = {int(s["ILSVRC2012_ID"]): str(s["WNID"]) for s in leaves}
-    words = {str(s["WNID"]): str(s["words"]) for s in leaves}
-    return [ClassName(wnid, words[wnid]) for wnid in sorted(words)], wnid_of
-
-
-class _Slice(io.RawIOBase):
-    """A range of a file as a file, so that a tar inside a tar is listed without being copied out."""
-
-    def __init__(self, file: io.BufferedReader, offset: int, length: int):
-        self._file, self._offset, self._length, self._at = file, offset, length, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._at = offset + (0, self._at, self._length)[whence]
-        return self._at
-
-    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
-        self._file.seek(self._offset + self._at)
-        piece = self._file.read(max(0, min(len(buffer), self._length - self._at)))
-        buffer[: len(piece)] = piece
-        self._at += len(piece)
-        return len(piece)
-
-
-def _members(file: io.BufferedIOBase | io.BufferedReader, where: Path) -> Iterator[tuple[str, int, int]]:
-    """(name, offset, length) of every file of an uncompressed tar."""
-    try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:
-            for member in tar:
-                if member.isfile():
-                    yield member.name, member.offset_data, member.size
-    except tarfile.TarError as error:
-        raise DataError(f"{where}: {error}; fetch it again") from None
-
-
-def _nested_members(path: Path, wnids: Iterable[str]) -> Iterator[tuple[str, str, int, int]]:
-    known = set(wnids)
-    with path.open("rb") as file:
-        for class_tar, start, length in list(_members(file, path)):
-            wnid = PurePosixPath(class_tar).stem
-            if wnid not in known:
-                raise DataError(f"{path}: {class_tar} is of no class that the devkit names; fetch both again")
-            inner = io.BufferedReader(_Slice(file, start, length))
-            for name, offset, size in _members(inner, path / class_tar):
-                yield wnid, name, start + offset, size

@@ -40,7 +40,8 @@ from pipeline.data.shards import (
     write_index,
     write_manifest,
 )
-from pipeline.data.sources import DIGITS, Sample, Source, digits, open_source, read
+from pipeline.data.source import Sample, Source
+from pipeline.data.sources import DIGITS, digits, open_source, read
 
 Progress = Callable[[int, int], None]  # images done, images in all
 
