@@ -89,6 +89,8 @@ def shards_write(options: argparse.Namespace) -> int:
             workers=options.workers,
             seed=options.seed,
             holdout=options.holdout,
+            shorter_side=options.shorter_side,
+            quality=options.quality,
             progress=progress,
         )
     for split in manifest.splits:
@@ -346,6 +348,10 @@ def _add_shards(parser: argparse.ArgumentParser) -> None:
             p.add_argument("--seed", type=int, default=0, help="of the order in the shards"),
             p.add_argument("--holdout", type=float, default=0.0, metavar="F",
                            help="without a val/ folder: the fraction of each class to validate on"),
+            p.add_argument("--shorter-side", type=int, metavar="N",
+                           help="re-encode larger images to N pixels on the shorter side (default: keep every byte)"),
+            p.add_argument("--quality", type=int, metavar="Q",
+                           help="with --shorter-side: of the JPEG, 1 to 100 (default: 90)"),
         ),
     )  # fmt: skip
     _add(

@@ -18,6 +18,11 @@ class Sample:
     length: int = 0
     member: str = ""
 
+    @property
+    def place(self) -> str:
+        """Where it lies, for a message: the file, or FILE:NAME inside one that holds many."""
+        return self.file if self.file.endswith(self.name) else f"{self.file}:{self.name}"
+
 
 @dataclass(frozen=True, slots=True)
 class Source:

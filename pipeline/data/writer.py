@@ -18,12 +18,13 @@ import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 
 from webdataset import TarWriter
 
-from pipeline.data.decode import image_type
+from pipeline.data.decode import DecodeError, image_type
+from pipeline.data.encode import Encoding, encode, encoding
 from pipeline.data.keyed_random import mixed, permutation
 from pipeline.data.shards import (
     MANIFEST,
@@ -55,6 +56,7 @@ class Job:
     samples: list[Sample]
     classes: list[ClassName]
     plan: str
+    encoding: Encoding | None
 
 
 def write_shards(
@@ -65,15 +67,19 @@ def write_shards(
     workers: int = 1,
     seed: int = 0,
     holdout: float = 0.0,
+    shorter_side: int | None = None,
+    quality: int | None = None,
     progress: Progress = lambda done, total: None,
     say: Callable[[str], None] = print,
 ) -> Manifest:
     """Pack the source at `location` (see sources.open_source) into root; goes on where an earlier call stopped.
 
+    shorter_side, quality: re-encode larger images (see encode.py); None = every image keeps its bytes.
     Raises DataError for a source that cannot be packed, or a root that holds another data set.
     """
     if samples_per_shard < 1:
         raise DataError(f"--samples-per-shard {samples_per_shard} must be at least 1; 1000 is usual for photographs")
+    wanted = encoding(shorter_side, quality)
     if root.is_file():
         raise DataError(f"{root} is a file; give a directory for the shards")
     try:
@@ -84,7 +90,7 @@ def write_shards(
     for remark in source.remarks:
         say(remark)
     try:
-        jobs = list(_jobs(source, root, samples_per_shard, seed))
+        jobs = list(_jobs(source, root, samples_per_shard, seed, wanted))
         plan = hashlib.sha256("".join(job.plan for job in jobs).encode()).hexdigest()
         if (root / MANIFEST).exists():
             manifest = read_manifest(root)
@@ -101,7 +107,8 @@ def write_shards(
             _digits_file(root).unlink(missing_ok=True)
 
 
-def _jobs(source: Source, root: Path, samples_per_shard: int, seed: int) -> Iterator[Job]:
+def _jobs(source: Source, root: Path, samples_per_shard: int, seed: int, wanted: Encoding | None) -> Iterator[Job]:
+    settings = [asdict(wanted)] if wanted else []  # none for plain copies, whose plans are those of older versions
     for number, (split, samples) in enumerate(sorted(source.splits.items())):
         _check_keys(samples)
         order = permutation(len(samples), mixed(seed, number))
@@ -109,8 +116,9 @@ def _jobs(source: Source, root: Path, samples_per_shard: int, seed: int) -> Iter
             chosen = [samples[i] for i in order[first : first + samples_per_shard]]
             path = root / f"{split}-{shard:06d}.tar"
             facts = [[s.name, s.label, s.length] for s in chosen]
-            content = json.dumps([path.name, facts, [[c.id, c.name] for c in source.classes]])
-            yield Job(str(path), split, chosen, source.classes, hashlib.sha256(content.encode()).hexdigest())
+            content = json.dumps([path.name, facts, [[c.id, c.name] for c in source.classes], *settings])
+            plan = hashlib.sha256(content.encode()).hexdigest()
+            yield Job(str(path), split, chosen, source.classes, plan, wanted)
 
 
 def _write_all(jobs: list[Job], workers: int, progress: Progress) -> None:
@@ -155,7 +163,9 @@ def _is_done(job: Job) -> bool:
     except DataError:
         return False
     if index.plan != job.plan:
-        raise DataError(f"{path} was written from another source; give an empty directory, or remove that one")
+        raise DataError(
+            f"{path} was written from another source or with other settings; give an empty directory, or remove it"
+        )
     return path.exists() and path.stat().st_size == index.bytes
 
 
@@ -168,7 +178,7 @@ def _write_shard(job: Job) -> int:
         with temporary.open("wb") as file:
             with TarWriter(file, encoder=False, mtime=0, user="pipeline", group="pipeline") as writer:
                 for sample in job.samples:
-                    writer.write(_record(sample, job.classes, read(sample, archives)))
+                    writer.write(_record(sample, job.classes, read(sample, archives), job.encoding))
             file.flush()
             os.fsync(file.fileno())
         index = index_shard(temporary, path.name, job.plan)
@@ -184,15 +194,25 @@ def _write_shard(job: Job) -> int:
     return len(job.samples)
 
 
-def _record(sample: Sample, classes: list[ClassName], payload: bytes) -> dict[str, str | bytes]:
+def _record(
+    sample: Sample, classes: list[ClassName], payload: bytes, wanted: Encoding | None
+) -> dict[str, str | bytes]:
     kind = image_type(payload)
     if kind is None:
-        raise DataError(
-            f"{sample.file if not sample.member else sample.file + ':' + sample.name} is not a JPEG, PNG or WebP "
-            "image; remove it from the source"
-        )
+        raise DataError(f"{sample.place} is not a JPEG, PNG or WebP image; remove it from the source")
     described = classes[sample.label]
-    facts = {"label": sample.label, "class": described.id, "name": described.name, "source": sample.name}
+    facts: dict[str, object] = {
+        "label": sample.label, "class": described.id, "name": described.name, "source": sample.name,
+    }  # fmt: skip
+    if wanted:
+        try:
+            encoded, original = encode(payload, wanted)
+        except DecodeError as error:
+            raise DataError(f"{sample.place} cannot be decoded: {error}; remove it from the source") from None
+        facts |= {"shorter_side": wanted.shorter_side, "original": original}
+        if encoded is not payload:  # an image that was small enough has a quality of its own
+            kind, payload = "jpg", encoded
+            facts["quality"] = wanted.quality
     return {
         "__key__": key_of(sample),
         kind: payload,
