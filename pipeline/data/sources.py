@@ -1,4 +1,4 @@
-"""Where images come from: class folders, a zip of them, the ILSVRC2012 tars, or scikit-learn's digits.
+"""Where images come from: class folders, a zip of them, ILSVRC2012, or scikit-learn's digits.
 
 Reading is left to whoever packs them.
 """
@@ -8,9 +8,10 @@ from __future__ import annotations
 import io
 import zipfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
-from pipeline.data.ilsvrc import ILSVRC_TRAIN, published_tars
+from pipeline.data.ilsvrc import ILSVRC_TRAIN, kaggle_root, kaggle_tree, published_tars
 from pipeline.data.keyed_random import permutation
 from pipeline.data.shards import ClassName, DataError
 from pipeline.data.source import Sample, Source
@@ -23,24 +24,33 @@ def open_source(location: str, holdout: float = 0.0) -> Source:
     """The images at a location, found out by what lies there.
 
     location: "digits"; a directory or zip of class folders, with or without train/ and val/ (or test/)
-    above them; or a directory with the three ILSVRC2012 tars. holdout: where there is no val/, the
-    fraction of each class set aside for it. Raises DataError.
+    above them; or a directory with ILSVRC2012, as the three published tars or as Kaggle's tree. holdout: where there is
+    no val/, the fraction of each class set aside for it. Raises DataError.
     """
     path = Path(location)
     if location == DIGITS:
         return Source([ClassName(str(d), str(d)) for d in range(10)], {})  # drawn by `digits`
     if not path.exists():
-        raise DataError(f"source {path} does not exist; give class folders, a zip of them, or the ILSVRC2012 tars")
+        raise DataError(f"source {path} does not exist; give class folders, a zip of them, or ILSVRC2012")
     if not 0 <= holdout < 1:
         raise DataError(f"--holdout {holdout} must lie between 0 and 1; 0.1 holds out a tenth of each class")
-    if path.is_dir() and (path / ILSVRC_TRAIN).exists():
-        if holdout:
-            raise DataError(f"--holdout {holdout}: ILSVRC2012 has validation images of its own; leave it out")
-        return published_tars(path)
+    source = _opened(path)
+    if not holdout:
+        return source
+    if "val" in source.splits:
+        raise DataError(f"--holdout {holdout}: {path} has validation images of its own; leave it out")
+    return replace(source, splits=_held_out(source, holdout))
+
+
+def _opened(path: Path) -> Source:
     if path.is_dir():
-        return _class_folders(_folder_files(path), _folders(path), str(path), holdout)
+        if (path / ILSVRC_TRAIN).exists():
+            return published_tars(path)
+        if (kaggle := kaggle_root(path)) is not None:
+            return kaggle_tree(kaggle)
+        return _class_folders(_folder_files(path), _folders(path), str(path))
     if zipfile.is_zipfile(path):
-        return _class_folders(*_zip_files(path), str(path), holdout)
+        return _class_folders(*_zip_files(path), str(path))
     raise DataError(f"source {path} is neither a directory nor a zip; give class folders, or a zip of them")
 
 
@@ -100,6 +110,8 @@ def _zip_files(path: Path) -> tuple[list[File], list[PurePosixPath]]:
             below = PurePosixPath(info.filename)
             if _hidden(below):
                 continue
+            if below.parts[:3] == ("ILSVRC", "Data", "CLS-LOC"):
+                raise DataError(f"{path} is Kaggle's zip of ILSVRC2012; unpack it, and give the directory")
             if info.is_dir():
                 folders.append(below)
             else:
@@ -107,7 +119,7 @@ def _zip_files(path: Path) -> tuple[list[File], list[PurePosixPath]]:
     return files, folders
 
 
-def _class_folders(files: list[File], folders: list[PurePosixPath], where: str, holdout: float) -> Source:
+def _class_folders(files: list[File], folders: list[PurePosixPath], where: str) -> Source:
     files, folders, remarks = _one_validation_folder(files, folders, where)
     named = {f[0].parts[0] for f in files if len(f[0].parts) > 1} | {f.parts[0] for f in folders}
     with_splits = "train" in named and named <= set(SPLITS)
@@ -130,10 +142,6 @@ def _class_folders(files: list[File], folders: list[PurePosixPath], where: str, 
         split = SPLITS.get(below.parts[0], "train") if with_splits else "train"
         sample = Sample(str(below), label_of[below.parts[depth]], file, 0, length, member)
         splits.setdefault(split, []).append(sample)
-    if holdout and "val" in splits:
-        raise DataError(f"--holdout {holdout}: {where} has validation images of its own; leave it out")
-    if holdout:
-        splits = _held_out(splits["train"], holdout, len(ids))
     return Source([ClassName(name, name) for name in ids], splits, remarks)
 
 
@@ -154,15 +162,18 @@ def _one_validation_folder(
     )
 
 
-def _held_out(samples: list[Sample], fraction: float, classes: int) -> dict[str, list[Sample]]:
+def _held_out(source: Source, fraction: float) -> dict[str, list[Sample]]:
     """A fixed fraction of each class for validation, at least one image."""
+    samples = source.splits["train"]
+    by_class: dict[int, list[Sample]] = {}
+    for sample in samples:
+        by_class.setdefault(sample.label, []).append(sample)
     held: set[str] = set()
-    for label in range(classes):
-        members = [s for s in samples if s.label == label]
+    for label, members in by_class.items():
         count = max(1, round(fraction * len(members)))
         if count >= len(members):
             raise DataError(
-                f"--holdout {fraction} takes {count} of the {len(members)} images of {members[0].name.split('/')[0]}, "
+                f"--holdout {fraction} takes {count} of the {len(members)} images of {source.classes[label].id}, "
                 "leaving none to train on; lower it, or bring more images"
             )
         held |= {members[i].name for i in permutation(len(members), key=label)[:count]}
