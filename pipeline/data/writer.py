@@ -9,15 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
 import os
-import signal
 import tarfile
-import threading
 import zipfile
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 
@@ -26,6 +22,7 @@ from webdataset import TarWriter
 from pipeline.data.decode import DecodeError, image_type
 from pipeline.data.encode import Encoding, encode, encoding
 from pipeline.data.keyed_random import mixed, permutation
+from pipeline.data.pool import completed
 from pipeline.data.shards import (
     MANIFEST,
     ClassName,
@@ -126,34 +123,10 @@ def _write_all(jobs: list[Job], workers: int, progress: Progress) -> None:
     waiting = [job for job in jobs if not _is_done(job)]
     done = total - sum(len(job.samples) for job in waiting)
     progress(done, total)
-    if workers <= 1:
-        for job in waiting:
-            done += _write_shard(job)
+    with closing(completed(_write_shard, waiting, workers)) as counts:
+        for count in counts:
+            done += count
             progress(done, total)
-        return
-    # spawn: the caller may hold threads, which a fork would copy in the middle of their work.
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        with _ignoring_interrupts():  # which the processes inherit: Ctrl-C lets them end their shard
-            futures = [pool.submit(_write_shard, job) for job in waiting]
-        try:
-            for future in as_completed(futures):
-                done += future.result()
-                progress(done, total)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-
-
-@contextmanager
-def _ignoring_interrupts() -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)
 
 
 def _is_done(job: Job) -> bool:
