@@ -341,7 +341,8 @@ def _add_shards(parser: argparse.ArgumentParser) -> None:
         shards, "write", shards_write, "pack images into shards; goes on where it was stopped",
         "pipeline shards write cifar10.zip shards/cifar10 --workers 2",
         lambda p: (
-            p.add_argument("source", help="class folders, a zip of them, or ILSVRC2012 (tars, or Kaggle's tree)"),
+            p.add_argument("source", help="class folders, a zip of them, ILSVRC2012 (tars, or Kaggle's tree), "
+                                          "or Hugging Face's parquet files"),
             p.add_argument("root", help="directory for the shards"),
             p.add_argument("--samples-per-shard", type=_count, default=1000, metavar="N"),
             p.add_argument("--workers", type=_count, default=1, metavar="N", help="processes; the same bytes"),

@@ -1,4 +1,4 @@
-"""Where images come from: class folders, a zip of them, ILSVRC2012, or scikit-learn's digits.
+"""Where images come from: class folders, a zip of them, ILSVRC2012, parquet files, or scikit-learn's digits.
 
 Reading is left to whoever packs them.
 """
@@ -13,10 +13,11 @@ from pathlib import Path, PurePosixPath
 
 from pipeline.data.ilsvrc import ILSVRC_TRAIN, kaggle_root, kaggle_tree, published_tars
 from pipeline.data.keyed_random import permutation
+from pipeline.data.parquet import parquet_files, parquet_source
 from pipeline.data.shards import ClassName, DataError
-from pipeline.data.source import Sample, Source
+from pipeline.data.source import EVALUATED, Sample, Source
 
-SPLITS = {"train": "train", "val": "val", "validation": "val", "test": "val"}
+SPLITS = {"train": "train"} | dict.fromkeys(EVALUATED, "val")
 DIGITS = "digits"
 
 
@@ -24,14 +25,16 @@ def open_source(location: str, holdout: float = 0.0) -> Source:
     """The images at a location, found out by what lies there.
 
     location: "digits"; a directory or zip of class folders, with or without train/ and val/ (or test/)
-    above them; or a directory with ILSVRC2012, as the three published tars or as Kaggle's tree. holdout: where there is
-    no val/, the fraction of each class set aside for it. Raises DataError.
+    above them; or a directory with ILSVRC2012, as the three published tars or as Kaggle's tree, or with parquet files.
+    holdout: where there is no val/, the fraction of each class set aside for it. Raises DataError.
     """
     path = Path(location)
     if location == DIGITS:
         return Source([ClassName(str(d), str(d)) for d in range(10)], {})  # drawn by `digits`
     if not path.exists():
-        raise DataError(f"source {path} does not exist; give class folders, a zip of them, or ILSVRC2012")
+        raise DataError(
+            f"source {path} does not exist; give class folders, a zip of them, ILSVRC2012, or parquet files"
+        )
     if not 0 <= holdout < 1:
         raise DataError(f"--holdout {holdout} must lie between 0 and 1; 0.1 holds out a tenth of each class")
     source = _opened(path)
@@ -48,6 +51,8 @@ def _opened(path: Path) -> Source:
             return published_tars(path)
         if (kaggle := kaggle_root(path)) is not None:
             return kaggle_tree(kaggle)
+        if files := parquet_files(path):
+            return parquet_source(files)
         return _class_folders(_folder_files(path), _folders(path), str(path))
     if zipfile.is_zipfile(path):
         return _class_folders(*_zip_files(path), str(path))
@@ -150,7 +155,7 @@ def _one_validation_folder(
 ) -> tuple[list[File], list[PurePosixPath], tuple[str, ...]]:
     """Of val/, validation/ and test/ the first: images of two of them may not be mixed into one score."""
     tops = {f[0].parts[0] for f in files}
-    evaluated = [name for name in ("val", "validation", "test") if name in tops]
+    evaluated = [name for name in EVALUATED if name in tops]
     if "train" not in tops or len(evaluated) < 2:
         return files, folders, ()
     spare = evaluated[1:]

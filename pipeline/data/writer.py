@@ -14,7 +14,7 @@ import tarfile
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from webdataset import TarWriter
@@ -40,6 +40,7 @@ from pipeline.data.shards import (
 )
 from pipeline.data.source import Sample, Source
 from pipeline.data.sources import DIGITS, digits, open_source, read
+from pipeline.data.spool import remove_spool, spool
 
 Progress = Callable[[int, int], None]  # images done, images in all
 
@@ -94,18 +95,25 @@ def write_shards(
             if manifest.plan != plan:
                 raise DataError(f"{root} holds another data set; give an empty directory, or remove that one")
             if all(_is_done(job) for job in jobs):
+                remove_spool(root)
                 return manifest
         for leftover in root.glob(".*.tmp"):
             leftover.unlink()
+        if source.tables:
+            jobs = _spooled(jobs, source, root, workers, progress, say)
         _write_all(jobs, workers, progress)
-        return write_manifest(root, source.classes, _entries(jobs), plan)
+        manifest = write_manifest(root, source.classes, _entries(jobs), plan)
+        remove_spool(root)
+        return manifest
     finally:
         if location == DIGITS:
             _digits_file(root).unlink(missing_ok=True)
 
 
 def _jobs(source: Source, root: Path, samples_per_shard: int, seed: int, wanted: Encoding | None) -> Iterator[Job]:
-    settings = [asdict(wanted)] if wanted else []  # none for plain copies, whose plans are those of older versions
+    # None for plain copies of files, whose plans are those of older versions. Rows have no length before they are read.
+    settings: list[object] = [asdict(wanted)] if wanted else []
+    settings += [table.fingerprint for table in source.tables]
     for number, (split, samples) in enumerate(sorted(source.splits.items())):
         _check_keys(samples)
         order = permutation(len(samples), mixed(seed, number))
@@ -116,6 +124,17 @@ def _jobs(source: Source, root: Path, samples_per_shard: int, seed: int, wanted:
             content = json.dumps([path.name, facts, [[c.id, c.name] for c in source.classes], *settings])
             plan = hashlib.sha256(content.encode()).hexdigest()
             yield Job(str(path), split, chosen, source.classes, plan, wanted)
+
+
+def _spooled(
+    jobs: list[Job], source: Source, root: Path, workers: int, progress: Progress, say: Callable[[str], None]
+) -> list[Job]:
+    """The same jobs with the samples of those still to be done where they can be read."""
+    waiting = [job for job in jobs if not _is_done(job)]
+    needed = {sample.file for job in waiting for sample in job.samples}
+    find = spool([table for table in source.tables if table.path in needed], root, workers, progress, say)
+    found = {job.path: replace(job, samples=[find(sample) for sample in job.samples]) for job in waiting}
+    return [found.get(job.path, job) for job in jobs]
 
 
 def _write_all(jobs: list[Job], workers: int, progress: Progress) -> None:
