@@ -94,6 +94,8 @@ def shards_write(options: argparse.Namespace) -> int:
             workers=options.workers,
             seed=options.seed,
             holdout=options.holdout,
+            shorter_side=options.shorter_side,
+            quality=options.quality,
             progress=progress,
         )
     for split in manifest.splits:
@@ -382,13 +384,18 @@ def _add_shards(parser: argparse.ArgumentParser) -> None:
         shards, "write", shards_write, "pack images into shards; goes on where it was stopped",
         "pipeline shards write cifar10.zip shards/cifar10 --workers 2",
         lambda p: (
-            p.add_argument("source", help="class folders, a zip of them, or the directory of the ILSVRC2012 tars"),
+            p.add_argument("source", help="class folders, a zip of them, ILSVRC2012 (tars, or Kaggle's tree), "
+                                          "or Hugging Face's parquet files"),
             p.add_argument("root", help="directory for the shards"),
             p.add_argument("--samples-per-shard", type=_count, default=1000, metavar="N"),
             p.add_argument("--workers", type=_count, default=1, metavar="N", help="processes; the same bytes"),
             p.add_argument("--seed", type=int, default=0, help="of the order in the shards"),
             p.add_argument("--holdout", type=float, default=0.0, metavar="F",
                            help="without a val/ folder: the fraction of each class to validate on"),
+            p.add_argument("--shorter-side", type=int, metavar="N",
+                           help="re-encode larger images to N pixels on the shorter side (default: keep every byte)"),
+            p.add_argument("--quality", type=int, metavar="Q",
+                           help="with --shorter-side: of the JPEG, 1 to 100 (default: 90)"),
         ),
     )  # fmt: skip
     _add(

@@ -9,14 +9,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import groupby
-from multiprocessing import get_context
 from pathlib import Path
 from typing import IO, Any
 
 from pipeline.data.discovery import INFO
+from pipeline.data.pool import completed
 from pipeline.data.shards import (
     ClassName,
     DataError,
@@ -145,11 +145,10 @@ def index_dataset(
     stated: how many samples a shard holds, where the publisher says so.
     """
     waiting = [job for job in jobs if not index_path(job.mark).is_file()]
-    done = len(jobs) - len(waiting)
-    progress(done, len(jobs))
-    for _ in _each(waiting, workers):
-        done += 1
-        progress(done, len(jobs))
+    progress(len(jobs) - len(waiting), len(jobs))
+    with closing(completed(IndexJob.__call__, waiting, workers if len(waiting) > 1 else 1)) as counts:
+        for done, _ in enumerate(counts, len(jobs) - len(waiting) + 1):
+            progress(done, len(jobs))
     indexes = {job.shard: read_index(job.mark) for job in jobs}
     for shard, count in (stated or {}).items():
         if shard in indexes and len(indexes[shard]) != count:
@@ -167,20 +166,6 @@ def index_dataset(
     for job in jobs:
         index_path(job.mark).unlink()
     return manifest
-
-
-def _each(jobs: list[IndexJob], workers: int) -> Iterator[int]:
-    if workers <= 1 or len(jobs) < 2:
-        yield from (job() for job in jobs)
-        return
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        futures = [pool.submit(job) for job in jobs]
-        try:
-            for future in as_completed(futures):
-                yield future.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
 
 
 def _classes(indexes: Iterable[Index]) -> tuple[list[ClassName], list[str]]:

@@ -1,70 +1,61 @@
-"""Where images come from: class folders, a zip of them, the ILSVRC2012 tars, or scikit-learn's digits.
+"""Where images come from: class folders, a zip of them, ILSVRC2012, parquet files, or scikit-learn's digits.
 
-A source is a list of classes and, for each split, samples in sorted order; a sample is a range of
-bytes in some file. Reading is left to whoever packs them.
+Reading is left to whoever packs them.
 """
 
 from __future__ import annotations
 
 import io
-import tarfile
 import zipfile
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
+from pipeline.data.ilsvrc import ILSVRC_TRAIN, kaggle_root, kaggle_tree, published_tars
 from pipeline.data.keyed_random import permutation
+from pipeline.data.parquet import parquet_files, parquet_source
 from pipeline.data.shards import ClassName, DataError
+from pipeline.data.source import EVALUATED, Sample, Source
 
-SPLITS = {"train": "train", "val": "val", "validation": "val", "test": "val"}
-ILSVRC_TRAIN, ILSVRC_VAL = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
-ILSVRC_DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
+SPLITS = {"train": "train"} | dict.fromkeys(EVALUATED, "val")
 DIGITS = "digits"
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """One image of a source. name: its path there. file, offset, length: its bytes; member: its name inside a zip."""
-
-    name: str
-    label: int
-    file: str
-    offset: int = 0
-    length: int = 0
-    member: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """Everything to be packed: classes in the order of their labels, samples of each split sorted by name."""
-
-    classes: list[ClassName]
-    splits: dict[str, list[Sample]]
-    remarks: tuple[str, ...] = ()  # what was left out
 
 
 def open_source(location: str, holdout: float = 0.0) -> Source:
     """The images at a location, found out by what lies there.
 
     location: "digits"; a directory or zip of class folders, with or without train/ and val/ (or test/)
-    above them; or a directory with the three ILSVRC2012 tars. holdout: where there is no val/, the
-    fraction of each class set aside for it. Raises DataError.
+    above them; or a directory with ILSVRC2012, as the three published tars or as Kaggle's tree, or with parquet files.
+    holdout: where there is no val/, the fraction of each class set aside for it. Raises DataError.
     """
     path = Path(location)
     if location == DIGITS:
         return Source([ClassName(str(d), str(d)) for d in range(10)], {})  # drawn by `digits`
     if not path.exists():
-        raise DataError(f"source {path} does not exist; give class folders, a zip of them, or the ILSVRC2012 tars")
+        raise DataError(
+            f"source {path} does not exist; give class folders, a zip of them, ILSVRC2012, or parquet files"
+        )
     if not 0 <= holdout < 1:
         raise DataError(f"--holdout {holdout} must lie between 0 and 1; 0.1 holds out a tenth of each class")
-    if path.is_dir() and (path / ILSVRC_TRAIN).exists():
-        if holdout:
-            raise DataError(f"--holdout {holdout}: ILSVRC2012 has validation images of its own; leave it out")
-        return _ilsvrc(path)
+    source = _opened(path)
+    if not holdout:
+        return source
+    if "val" in source.splits:
+        raise DataError(f"--holdout {holdout}: {path} has validation images of its own; leave it out")
+    return replace(source, splits=_held_out(source, holdout))
+
+
+def _opened(path: Path) -> Source:
     if path.is_dir():
-        return _class_folders(_folder_files(path), _folders(path), str(path), holdout)
+        if (path / ILSVRC_TRAIN).exists():
+            return published_tars(path)
+        if (kaggle := kaggle_root(path)) is not None:
+            return kaggle_tree(kaggle)
+        if files := parquet_files(path):
+            return parquet_source(files)
+        return _class_folders(_folder_files(path), _folders(path), str(path))
     if zipfile.is_zipfile(path):
-        return _class_folders(*_zip_files(path), str(path), holdout)
+        return _class_folders(*_zip_files(path), str(path))
     raise DataError(f"source {path} is neither a directory nor a zip; give class folders, or a zip of them")
 
 
@@ -124,6 +115,8 @@ def _zip_files(path: Path) -> tuple[list[File], list[PurePosixPath]]:
             below = PurePosixPath(info.filename)
             if _hidden(below):
                 continue
+            if below.parts[:3] == ("ILSVRC", "Data", "CLS-LOC"):
+                raise DataError(f"{path} is Kaggle's zip of ILSVRC2012; unpack it, and give the directory")
             if info.is_dir():
                 folders.append(below)
             else:
@@ -131,7 +124,7 @@ def _zip_files(path: Path) -> tuple[list[File], list[PurePosixPath]]:
     return files, folders
 
 
-def _class_folders(files: list[File], folders: list[PurePosixPath], where: str, holdout: float) -> Source:
+def _class_folders(files: list[File], folders: list[PurePosixPath], where: str) -> Source:
     files, folders, remarks = _one_validation_folder(files, folders, where)
     named = {f[0].parts[0] for f in files if len(f[0].parts) > 1} | {f.parts[0] for f in folders}
     with_splits = "train" in named and named <= set(SPLITS)
@@ -154,10 +147,6 @@ def _class_folders(files: list[File], folders: list[PurePosixPath], where: str, 
         split = SPLITS.get(below.parts[0], "train") if with_splits else "train"
         sample = Sample(str(below), label_of[below.parts[depth]], file, 0, length, member)
         splits.setdefault(split, []).append(sample)
-    if holdout and "val" in splits:
-        raise DataError(f"--holdout {holdout}: {where} has validation images of its own; leave it out")
-    if holdout:
-        splits = _held_out(splits["train"], holdout, len(ids))
     return Source([ClassName(name, name) for name in ids], splits, remarks)
 
 
@@ -166,7 +155,7 @@ def _one_validation_folder(
 ) -> tuple[list[File], list[PurePosixPath], tuple[str, ...]]:
     """Of val/, validation/ and test/ the first: images of two of them may not be mixed into one score."""
     tops = {f[0].parts[0] for f in files}
-    evaluated = [name for name in ("val", "validation", "test") if name in tops]
+    evaluated = [name for name in EVALUATED if name in tops]
     if "train" not in tops or len(evaluated) < 2:
         return files, folders, ()
     spare = evaluated[1:]
@@ -178,15 +167,18 @@ def _one_validation_folder(
     )
 
 
-def _held_out(samples: list[Sample], fraction: float, classes: int) -> dict[str, list[Sample]]:
+def _held_out(source: Source, fraction: float) -> dict[str, list[Sample]]:
     """A fixed fraction of each class for validation, at least one image."""
+    samples = source.splits["train"]
+    by_class: dict[int, list[Sample]] = {}
+    for sample in samples:
+        by_class.setdefault(sample.label, []).append(sample)
     held: set[str] = set()
-    for label in range(classes):
-        members = [s for s in samples if s.label == label]
+    for label, members in by_class.items():
         count = max(1, round(fraction * len(members)))
         if count >= len(members):
             raise DataError(
-                f"--holdout {fraction} takes {count} of the {len(members)} images of {members[0].name.split('/')[0]}, "
+                f"--holdout {fraction} takes {count} of the {len(members)} images of {source.classes[label].id}, "
                 "leaving none to train on; lower it, or bring more images"
             )
         held |= {members[i].name for i in permutation(len(members), key=label)[:count]}
@@ -194,97 +186,3 @@ def _held_out(samples: list[Sample], fraction: float, classes: int) -> dict[str,
         "train": [s for s in samples if s.name not in held],
         "val": [s for s in samples if s.name in held],
     }
-
-
-def _ilsvrc(root: Path) -> Source:
-    """ILSVRC2012 as published. Labels are places in the sorted list of WNIDs, not the devkit's own ids (1..1000)."""
-    classes, wnid_of = _devkit_classes(root)
-    label_of = {c.id: label for label, c in enumerate(classes)}
-    train_tar, val_tar = root / ILSVRC_TRAIN, root / ILSVRC_VAL
-    train = [
-        Sample(f"train/{wnid}/{name}", label_of[wnid], str(train_tar), offset, length)
-        for wnid, name, offset, length in _nested_members(train_tar, label_of)
-    ]
-    splits = {"train": sorted(train, key=lambda s: s.name)}
-    if val_tar.exists():
-        truth = _devkit_member(root, "ILSVRC2012_validation_ground_truth.txt").decode().split()
-        with val_tar.open("rb") as file:
-            members = sorted(_members(file, val_tar), key=lambda m: m[0])
-        if len(members) != len(truth):
-            raise DataError(f"{val_tar}: {len(members)} images, but the devkit has {len(truth)} labels; fetch it again")
-        splits["val"] = [
-            Sample(f"val/{name}", label_of[wnid_of[int(number)]], str(val_tar), offset, length)
-            for (name, offset, length), number in zip(members, truth, strict=True)
-        ]
-    return Source(classes, splits)
-
-
-def _devkit_member(root: Path, name: str) -> bytes:
-    path = root / ILSVRC_DEVKIT
-    try:
-        with tarfile.open(path, "r:gz") as devkit:
-            for member in devkit:
-                if PurePosixPath(member.name).name == name:
-                    file = devkit.extractfile(member)
-                    if file is not None:
-                        return file.read()
-    except (OSError, tarfile.TarError) as error:
-        raise DataError(f"{path}: {error}; the devkit names classes and validation labels, fetch it again") from None
-    raise DataError(f"{path}: holds no {name}; fetch the devkit of task 1 and 2 again")
-
-
-def _devkit_classes(root: Path) -> tuple[list[ClassName], dict[int, str]]:
-    from scipy.io import loadmat
-
-    synsets = loadmat(io.BytesIO(_devkit_member(root, "meta.mat")), squeeze_me=True)["synsets"]
-    leaves = [s for s in synsets if int(s["num_children"]) == 0]
-    wnid_of = {int(s["ILSVRC2012_ID"]): str(s["WNID"]) for s in leaves}
-    words = {str(s["WNID"]): str(s["words"]) for s in leaves}
-    return [ClassName(wnid, words[wnid]) for wnid in sorted(words)], wnid_of
-
-
-class _Slice(io.RawIOBase):
-    """A range of a file as a file, so that a tar inside a tar is listed without being copied out."""
-
-    def __init__(self, file: io.BufferedReader, offset: int, length: int):
-        self._file, self._offset, self._length, self._at = file, offset, length, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._at = offset + (0, self._at, self._length)[whence]
-        return self._at
-
-    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
-        self._file.seek(self._offset + self._at)
-        piece = self._file.read(max(0, min(len(buffer), self._length - self._at)))
-        buffer[: len(piece)] = piece
-        self._at += len(piece)
-        return len(piece)
-
-
-def _members(file: io.BufferedIOBase | io.BufferedReader, where: Path) -> Iterator[tuple[str, int, int]]:
-    """(name, offset, length) of every file of an uncompressed tar."""
-    try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:
-            for member in tar:
-                if member.isfile():
-                    yield member.name, member.offset_data, member.size
-    except tarfile.TarError as error:
-        raise DataError(f"{where}: {error}; fetch it again") from None
-
-
-def _nested_members(path: Path, wnids: Iterable[str]) -> Iterator[tuple[str, str, int, int]]:
-    known = set(wnids)
-    with path.open("rb") as file:
-        for class_tar, start, length in list(_members(file, path)):
-            wnid = PurePosixPath(class_tar).stem
-            if wnid not in known:
-                raise DataError(f"{path}: {class_tar} is of no class that the devkit names; fetch both again")
-            inner = io.BufferedReader(_Slice(file, start, length))
-            for name, offset, size in _members(inner, path / class_tar):
-                yield wnid, name, start + offset, size

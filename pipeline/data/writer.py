@@ -9,22 +9,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
 import os
-import signal
-import threading
 import zipfile
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from webdataset import TarWriter
 
-from pipeline.data.decode import image_type
+from pipeline.data.decode import DecodeError, image_type
+from pipeline.data.encode import Encoding, encode, encoding
 from pipeline.data.indexing import Progress, index_shard
 from pipeline.data.keyed_random import mixed, permutation
+from pipeline.data.pool import completed
 from pipeline.data.shards import (
     MANIFEST,
     ClassName,
@@ -40,8 +38,10 @@ from pipeline.data.shards import (
     write_index,
     write_manifest,
 )
-from pipeline.data.sources import DIGITS, Sample, Source, digits, open_source, read
+from pipeline.data.source import Sample, Source
+from pipeline.data.sources import DIGITS, digits, open_source, read
 from pipeline.data.split import table_path, write_table
+from pipeline.data.spool import remove_spool, spool
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +53,7 @@ class Job:
     samples: list[Sample]
     classes: list[ClassName]
     plan: str
+    encoding: Encoding | None
 
 
 def write_shards(
@@ -63,15 +64,19 @@ def write_shards(
     workers: int = 1,
     seed: int = 0,
     holdout: float = 0.0,
+    shorter_side: int | None = None,
+    quality: int | None = None,
     progress: Progress = lambda done, total: None,
     say: Callable[[str], None] = print,
 ) -> Manifest:
     """Pack the source at `location` (see sources.open_source) into root; goes on where an earlier call stopped.
 
+    shorter_side, quality: re-encode larger images (see encode.py); None = every image keeps its bytes.
     Raises DataError for a source that cannot be packed, or a root that holds another data set.
     """
     if samples_per_shard < 1:
         raise DataError(f"--samples-per-shard {samples_per_shard} must be at least 1; 1000 is usual for photographs")
+    wanted = encoding(shorter_side, quality)
     if root.is_file():
         raise DataError(f"{root} is a file; give a directory for the shards")
     try:
@@ -82,7 +87,7 @@ def write_shards(
     for remark in source.remarks:
         say(remark)
     try:
-        jobs = list(_jobs(source, root, samples_per_shard, seed))
+        jobs = list(_jobs(source, root, samples_per_shard, seed, wanted))
         plan = hashlib.sha256("".join(job.plan for job in jobs).encode()).hexdigest()
         if (root / MANIFEST).exists():
             manifest = read_manifest(root)
@@ -92,17 +97,25 @@ def write_shards(
                 table_path(root, split).is_file() and file_sha256(table_path(root, split)) == sha256
                 for split, sha256 in manifest.samples.items()
             ):
+                remove_spool(root)
                 return manifest
         for leftover in root.glob(".*.tmp"):
             leftover.unlink()
+        if source.tables:
+            jobs = _spooled(jobs, source, root, workers, progress, say)
         _write_all(jobs, workers, progress)
-        return _manifest(root, jobs, source.classes, plan)
+        manifest = _manifest(root, jobs, source.classes, plan)
+        remove_spool(root)
+        return manifest
     finally:
         if location == DIGITS:
             _digits_file(root).unlink(missing_ok=True)
 
 
-def _jobs(source: Source, root: Path, samples_per_shard: int, seed: int) -> Iterator[Job]:
+def _jobs(source: Source, root: Path, samples_per_shard: int, seed: int, wanted: Encoding | None) -> Iterator[Job]:
+    # None for plain copies of files, whose plans are those of older versions. Rows have no length before they are read.
+    settings: list[object] = [asdict(wanted)] if wanted else []
+    settings += [table.fingerprint for table in source.tables]
     for number, (split, samples) in enumerate(sorted(source.splits.items())):
         _check_keys(samples)
         order = permutation(len(samples), mixed(seed, number))
@@ -110,8 +123,20 @@ def _jobs(source: Source, root: Path, samples_per_shard: int, seed: int) -> Iter
             chosen = [samples[i] for i in order[first : first + samples_per_shard]]
             path = root / f"{split}-{shard:06d}.tar"
             facts = [[s.name, s.label, s.length] for s in chosen]
-            content = json.dumps([path.name, facts, [[c.id, c.name] for c in source.classes]])
-            yield Job(str(path), split, chosen, source.classes, hashlib.sha256(content.encode()).hexdigest())
+            content = json.dumps([path.name, facts, [[c.id, c.name] for c in source.classes], *settings])
+            plan = hashlib.sha256(content.encode()).hexdigest()
+            yield Job(str(path), split, chosen, source.classes, plan, wanted)
+
+
+def _spooled(
+    jobs: list[Job], source: Source, root: Path, workers: int, progress: Progress, say: Callable[[str], None]
+) -> list[Job]:
+    """The same jobs with the samples of those still to be done where they can be read."""
+    waiting = [job for job in jobs if not _is_done(job)]
+    needed = {sample.file for job in waiting for sample in job.samples}
+    find = spool([table for table in source.tables if table.path in needed], root, workers, progress, say)
+    found = {job.path: replace(job, samples=[find(sample) for sample in job.samples]) for job in waiting}
+    return [found.get(job.path, job) for job in jobs]
 
 
 def _write_all(jobs: list[Job], workers: int, progress: Progress) -> None:
@@ -119,34 +144,10 @@ def _write_all(jobs: list[Job], workers: int, progress: Progress) -> None:
     waiting = [job for job in jobs if not _is_done(job)]
     done = total - sum(len(job.samples) for job in waiting)
     progress(done, total)
-    if workers <= 1:
-        for job in waiting:
-            done += _write_shard(job)
+    with closing(completed(_write_shard, waiting, workers)) as counts:
+        for count in counts:
+            done += count
             progress(done, total)
-        return
-    # spawn: the caller may hold threads, which a fork would copy in the middle of their work.
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        with _ignoring_interrupts():  # which the processes inherit: Ctrl-C lets them end their shard
-            futures = [pool.submit(_write_shard, job) for job in waiting]
-        try:
-            for future in as_completed(futures):
-                done += future.result()
-                progress(done, total)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-
-
-@contextmanager
-def _ignoring_interrupts() -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)
 
 
 def _is_done(job: Job) -> bool:
@@ -156,7 +157,9 @@ def _is_done(job: Job) -> bool:
     except DataError:
         return False
     if index.plan != job.plan:
-        raise DataError(f"{path} was written from another source; give an empty directory, or remove that one")
+        raise DataError(
+            f"{path} was written from another source or with other settings; give an empty directory, or remove it"
+        )
     return path.exists() and path.stat().st_size == index.bytes
 
 
@@ -169,7 +172,7 @@ def _write_shard(job: Job) -> int:
         with temporary.open("wb") as file:
             with TarWriter(file, encoder=False, mtime=0, user="pipeline", group="pipeline") as writer:
                 for sample in job.samples:
-                    writer.write(_record(sample, job.classes, read(sample, archives)))
+                    writer.write(_record(sample, job.classes, read(sample, archives), job.encoding))
             file.flush()
             os.fsync(file.fileno())
         index, offsets = index_shard(temporary, path.name, job.plan)
@@ -186,15 +189,25 @@ def _write_shard(job: Job) -> int:
     return len(job.samples)
 
 
-def _record(sample: Sample, classes: list[ClassName], payload: bytes) -> dict[str, str | bytes]:
+def _record(
+    sample: Sample, classes: list[ClassName], payload: bytes, wanted: Encoding | None
+) -> dict[str, str | bytes]:
     kind = image_type(payload)
     if kind is None:
-        raise DataError(
-            f"{sample.file if not sample.member else sample.file + ':' + sample.name} is not a JPEG, PNG or WebP "
-            "image; remove it from the source"
-        )
+        raise DataError(f"{sample.place} is not a JPEG, PNG or WebP image; remove it from the source")
     described = classes[sample.label]
-    facts = {"label": sample.label, "class": described.id, "name": described.name, "source": sample.name}
+    facts: dict[str, object] = {
+        "label": sample.label, "class": described.id, "name": described.name, "source": sample.name,
+    }  # fmt: skip
+    if wanted:
+        try:
+            encoded, original = encode(payload, wanted)
+        except DecodeError as error:
+            raise DataError(f"{sample.place} cannot be decoded: {error}; remove it from the source") from None
+        facts |= {"shorter_side": wanted.shorter_side, "original": original}
+        if encoded is not payload:  # an image that was small enough has a quality of its own
+            kind, payload = "jpg", encoded
+            facts["quality"] = wanted.quality
     return {
         "__key__": key_of(sample),
         kind: payload,
