@@ -18,10 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import lightning
+import numpy as np
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
@@ -40,6 +42,7 @@ from pipeline.data.batch import micro_batches
 from pipeline.data.datamodule import ImageData
 from pipeline.data.dataset import Location, open_dataset
 from pipeline.data.loader import Batching
+from pipeline.data.order import SORTED, WELL_MIXED, Order, shard_mixing, shuffle_quality
 from pipeline.data.shards import DataError
 from pipeline.evaluation.metrics import Scores
 from pipeline.launch.environment import LaunchedEnvironment
@@ -345,12 +348,27 @@ def _announce(run: Assembly, start: Path | None, console: Console) -> None:
         console.print(f"each epoch leaves out {loader.dropped} of {len(loader.images.split):,} images (another "
                       "selection each time), so that every step is a whole global batch",
                       highlight=False, soft_wrap=True)  # fmt: skip
+    order, label_S = loader.shares.order, loader.images.split.label_S
+    if order.window < len(order.counts):
+        console.print(_mixing(order, label_S, config.data.global_batch_size), highlight=False, soft_wrap=True)
     if pieces > 1:
         micro = micro_batch_images(config, run.world.size)
         console.print(f"gradients accumulate over {pieces} micro-batches a step; batch statistics are those of a "
                       f"micro-batch, {micro} images over all ranks", highlight=False, soft_wrap=True)  # fmt: skip
     if start:
         console.print(f"going on from {start}", highlight=False, soft_wrap=True)
+
+
+def _mixing(order: Order, label_S: NDArray[np.int32], batch_size: int) -> str:
+    """What shuffling within windows costs, in a number."""
+    quality = shuffle_quality(order, label_S, batch_size)
+    said = (f"shuffle quality {quality:.2f} (label entropy of batches against a uniform draw), in windows of "
+            f"{order.window} of {len(order.counts)} shards")  # fmt: skip
+    if quality >= WELL_MIXED:
+        return said
+    if shard_mixing(order.counts, label_S) < SORTED:
+        return f"{said}; WARNING: the shards are sorted by class: set data.window=0, or write them again"
+    return f"{said}; WARNING: batches are less mixed than random ones: raise data.window, or set it to 0"
 
 
 def micro_batch_images(config: Config, world: int) -> int:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from pipeline.data.keyed_random import mixed, permutation
 
 SORTED = 0.8  # label mixing of shards below which they count as sorted by class
+WELL_MIXED = 0.98  # shuffle quality below which batches differ visibly from random ones
 _SHARDS, _WINDOW, _QUALITY = 1, 2, 5  # what a key is for
 
 
@@ -71,13 +72,13 @@ class Order:
         return self._window[1]
 
 
-def shuffle_quality(order: Order, label_S: NDArray[np.integer], batch_size: int, batches: int = 64) -> float:
+def shuffle_quality(order: Order, label_S: NDArray[np.integer], batch_size: int, batches: int = 32) -> float:
     """How well mixed the labels of a batch are: their entropy over that of batches drawn from all samples; 1 = as well.
 
-    The mean over `batches` batches at even distances in the first epoch.
+    The mean over `batches` batches, of 1,024 samples at most, at even distances in the first epoch.
     """
     classes = int(label_S.max()) + 1
-    batch_size = min(batch_size, len(order))
+    batch_size = min(batch_size, len(order), 1024)
     starts = np.linspace(0, len(order) - batch_size, num=batches, dtype=np.int64)
     drawn = permutation(len(order), mixed(order.seed, _QUALITY))
     ours = [_entropy(label_S[[order.sample(0, int(s) + i) for i in range(batch_size)]], classes) for s in starts]
@@ -85,7 +86,7 @@ def shuffle_quality(order: Order, label_S: NDArray[np.integer], batch_size: int,
     return float(np.mean(ours) / np.mean(uniform)) if any(uniform) else 1.0
 
 
-def shard_mixing(shard_counts: Sequence[int], label_S: NDArray[np.integer]) -> float:
+def shard_mixing(shard_counts: Sequence[int] | NDArray[np.int64], label_S: NDArray[np.integer]) -> float:
     """Label entropy of a shard over that of as many samples of all, in the mean; near 0 = sorted by class."""
     classes = int(label_S.max()) + 1
     drawn = label_S[permutation(len(label_S), mixed(_QUALITY))]
