@@ -1,4 +1,5 @@
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -81,6 +82,19 @@ def test_more_that_users_mistype(capsys, shards, tmp_path):
     (tmp_path / "runs" / "mine" / "thesis.txt").write_text("precious")
     line = refused(capsys, 2, "train", *here, "data.global_batch_size=24", "run.id=mine")
     assert "holds no run but other files" in line
+
+
+def test_going_on_with_a_run_on_changed_shards_is_refused_by_name(capsys, folders, shards):
+    copy = Path(shutil.copytree(shards, "copy"))
+    run = ["train", "recipe=smoke", "data=folder", f"data.root={copy}", "run.id=changed", "data.global_batch_size=24",
+           "data.image_size=16", "model.stem=small", "model.width=0.125", "trainer.max_steps=2"]  # fmt: skip
+    assert cli.main(run) == 0
+    more = Path(shutil.copytree(folders, "more"))
+    shutil.copy(more / "train/class0/000.png", more / "train/class0/999.png")
+    shutil.rmtree(copy)
+    write_shards(str(more), copy, samples_per_shard=30)
+    line = refused(capsys, 3, "train", "runs/changed/config.yaml", "trainer.max_steps=4")
+    assert "holds another data set than this run began with (train-000000.tar and 4 more changed); bring" in line
 
 
 def test_a_set_without_validation_images_says_how_to_get_some(capsys, folders):

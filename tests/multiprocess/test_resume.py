@@ -109,11 +109,11 @@ def test_another_micro_batch_goes_on_at_the_next_sample(shards, tmp_path, before
     assert [row[:2] for row in journal(again.directory)] == [row[:2] for row in journal(tmp_path / "whole")]
 
 
-@pytest.mark.parametrize(("before", "after"), [(2, 3), (3, 1)])
-def test_another_number_of_ranks_goes_on_at_the_next_sample(shards, tmp_path, before, after):
+@pytest.mark.parametrize(("before", "after", "workers"), [(2, 3, 1), (3, 1, 0)])
+def test_another_number_of_ranks_and_workers_goes_on_at_the_next_sample(shards, tmp_path, before, after, workers):
     whole = keys(train_on(shards, tmp_path, "whole", 1, 0), 1)
     first = keys(train_on(shards, tmp_path, "broken", before, 7), before)
-    again = train_on(shards, tmp_path, "broken", after, 0)
+    again = train_on(shards, tmp_path, "broken", after, 0, f"cluster.workers={workers}")
     written = [path.read_text().splitlines() for path in (again.directory / "ledger").iterdir()]
     lines = [json.loads(line) for lines in written for line in lines]
     steps = {step: sorted(k for line in lines if line["step"] == step for k in line["keys"]) for step in range(1, 16)}
