@@ -152,7 +152,8 @@ class ClusterConfig:
     nodes: int = 1
     devices: int = 1  # processes a node, one a GPU
     accelerator: str = "auto"  # auto, cpu or cuda
-    workers: int = 0  # decoding processes a rank; 0 = decode in the training process
+    workers: int = -1  # decoding processes a rank; 0 = decode in the training process; -1 = 0 on CPU, on CUDA a
+    # core less than the node has for each rank
     timeout_minutes: float = 10.0  # a collective that takes longer ends the run
 
 
@@ -341,7 +342,7 @@ _LEAST = {
     "optimizer.weight_decay": 0, "schedule.warmup_epochs": 0, "loss.auxiliary_weight": 0, "trainer.max_epochs": -1,
     "trainer.max_steps": -1, "trainer.threads": 0, "trainer.validate_every_epochs": 0,
     "trainer.checkpoint_every_steps": 0, "trainer.keep_checkpoints": 1, "cluster.nodes": 1, "cluster.devices": 1,
-    "cluster.workers": 0, "tracking.every_steps": 1,
+    "cluster.workers": -1, "tracking.every_steps": 1,
 }  # fmt: skip
 _POSITIVE = (
     "model.width", "model.initial_gain", "norm.eps", "optimizer.rate", "schedule.decay_factor",

@@ -122,7 +122,7 @@ def build_data(config: Config, world: World) -> ImageData:
             rank=world.rank,
             seed=config.seed,
             window=config.data.window,
-            workers=config.cluster.workers,
+            workers=_workers(config),
         ),
     )
 
@@ -306,6 +306,13 @@ def interruptible() -> Iterator[None]:
         if isinstance(ending, SIGTERMException) or isinstance(ending.__context__, KeyboardInterrupt):
             raise InterruptedRunError("interrupted") from None
         raise
+
+
+def _workers(config: Config) -> int:
+    if config.cluster.workers >= 0:
+        return config.cluster.workers
+    # On CPU the training takes every core. With a GPU a core is left to the process that feeds it.
+    return max(1, (os.cpu_count() or 1) // config.cluster.devices - 1) if _accelerator(config) == "cuda" else 0
 
 
 def _accelerator(config: Config) -> str:

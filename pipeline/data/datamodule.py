@@ -29,7 +29,7 @@ class ImageData(lightning.LightningDataModule):
     ):
         super().__init__()
         self.dataset, self.batching = dataset, batching
-        train = open_images(dataset, "train", num_classes)
+        train = open_images(dataset, "train", num_classes, batching.window)
         shares = TrainShares(train, augment, batching)
         evaluation = partial(open_evaluation, dataset, num_classes, crop, batching)
         workers = Workers(Items(shares, evaluation), batching.workers)

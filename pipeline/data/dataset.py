@@ -91,9 +91,18 @@ class Dataset:
             raise DataError(f"{self.path(entry)}: {error.strerror}; it was there at the start") from None
 
     def check_shards(self) -> None:
-        """Raises DataError for a local shard that is missing or of another size than the manifest says."""
+        """Raises DataError for a local shard that is missing, not indexed, or of another size than it was."""
         if self.cache is not None:
             return
+        root = Path(self.location.root)
+        if self.directory != root:
+            known = {entry.shard for entries in self.manifest.splits.values() for entry in entries}
+            new = sorted({shard for shards in _found(self.location)[0].values() for shard in shards} - known)
+            if new:
+                raise DataError(
+                    f"{root / new[0]}{f' and {len(new) - 1} more' if new[1:] else ''} came after {root} was indexed; "
+                    f"run `pipeline shards index {root}`, or say which shards to use with data.train and data.val"
+                )
         entries = [entry for entries in self.manifest.splits.values() for entry in entries]
         sizes = [_size(self.path(entry)) for entry in entries]
         missing = [entry.shard for entry, size in zip(entries, sizes, strict=True) if size is None]
@@ -104,9 +113,12 @@ class Dataset:
             )
         for entry, size in zip(entries, sizes, strict=True):
             if size != entry.bytes:
+                renewed = (
+                    "" if self.directory == root else f"; if it was changed on purpose, `pipeline shards index {root}`"
+                )
                 raise DataError(
                     f"{self.path(entry)} has {size} bytes, {MANIFEST} says {entry.bytes}; "
-                    f"run `pipeline shards verify {self.location.root}`"
+                    f"run `pipeline shards verify {root}`{renewed}"
                 )
 
 
@@ -131,12 +143,11 @@ def open_dataset(
     if not root.is_dir():
         read_manifest(root)  # says what is wrong
     directory = _index_directory(location, root)
+    if (directory / MANIFEST).exists() and not again:
+        return Dataset(location, directory, read_manifest(directory))
     with _alone(directory):
         if again or not (directory / MANIFEST).exists():
-            info = (root / INFO).read_bytes() if (root / INFO).is_file() else None
-            splits, stated = find_shards(
-                partial(_files, root), str(root), train=location.train, val=location.val, info=info
-            )
+            splits, stated = _found(location)
             fetch = partial(_local, str(root))
             jobs = [
                 IndexJob(split, shard, _mark(directory, shard), fetch, root / shard)
@@ -194,6 +205,13 @@ def _index(
         shutil.rmtree(directory / "marks", ignore_errors=True)
     index_dataset(jobs, directory, stated=stated, workers=workers, progress=progress, say=say)
     shutil.rmtree(directory / "marks", ignore_errors=True)
+
+
+def _found(location: Location) -> tuple[dict[str, list[str]], dict[str, int]]:
+    """Shards of a local root by split, and how many samples they are said to hold."""
+    root = Path(location.root)
+    info = (root / INFO).read_bytes() if (root / INFO).is_file() else None
+    return find_shards(partial(_files, root), str(root), train=location.train, val=location.val, info=info)
 
 
 def _index_directory(location: Location, root: Path) -> Path:

@@ -81,6 +81,6 @@ class Images:
         return Fault(sample, -1, where, split.key(sample), offset, reason)
 
 
-def open_images(dataset: Dataset, split: str, num_classes: int) -> Images:
-    """The images of one split. Raises DataError."""
-    return Images(ShardStream(dataset, dataset.split(split, num_classes)))
+def open_images(dataset: Dataset, split: str, num_classes: int, window: int = 0) -> Images:
+    """The images of one split, to be read in windows of so many shards; 0 = all. Raises DataError."""
+    return Images(ShardStream(dataset, dataset.split(split, num_classes), keep=min(64, window + 1) if window else 64))

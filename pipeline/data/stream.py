@@ -10,17 +10,16 @@ from pipeline.data.decode import DecodeError
 from pipeline.data.shards import payload_digest
 from pipeline.data.split import Split
 
-_OPEN_SHARDS = 64
-
 
 class ShardStream:
-    """Image bytes of one split by sample number. Opens a shard at its first read and keeps the last 64 open.
+    """Image bytes of one split by sample number. Opens a shard at its first read and keeps the last `keep` open.
 
-    A remote shard is fetched whole into the node's cache when its first sample is asked for.
+    A remote shard is fetched whole into the node's cache when its first sample is asked for. One that the cache has
+    evicted takes room on the disk for as long as it is open here.
     """
 
-    def __init__(self, dataset: Dataset, split: Split):
-        self.dataset, self.split = dataset, split
+    def __init__(self, dataset: Dataset, split: Split, keep: int = 64):
+        self.dataset, self.split, self.keep = dataset, split, keep
         self._files: OrderedDict[int, int] = OrderedDict()
 
     def read(self, sample: int) -> bytes:
@@ -42,12 +41,12 @@ class ShardStream:
             return self._files[shard]
         with self.dataset.open(self.split.entries[shard]) as file:
             self._files[shard] = os.dup(file.fileno())
-        if len(self._files) > _OPEN_SHARDS:
+        if len(self._files) > self.keep:
             os.close(self._files.popitem(last=False)[1])
         return self._files[shard]
 
     def __getstate__(self) -> dict[str, object]:
-        return {"dataset": self.dataset, "split": self.split, "_files": OrderedDict()}  # files do not cross to a worker
+        return {**self.__dict__, "_files": OrderedDict()}  # files do not cross to a worker
 
     def close(self) -> None:
         while self._files:

@@ -278,3 +278,32 @@ def test_a_packed_set_that_lost_its_manifest_is_indexed_again(shards, tmp_path):
     found, packed = opened(copy), opened(shards)
     assert found.manifest.splits == packed.manifest.splits
     assert [c.id for c in found.manifest.classes] == [c.id for c in packed.manifest.classes]
+
+
+def test_shards_that_came_later_or_changed_are_named(tmp_path):
+    root = timm_tree(tmp_path, info=False)
+    opened(root).check_shards()
+    write_tar(root / "imagenet1k-train-0003.tar", timm_sample(99, 1))
+    with pytest.raises(
+        DataError, match=r"imagenet1k-train-0003\.tar came after .* was indexed; run `pipeline shards index"
+    ):
+        opened(root).check_shards()
+    (root / "imagenet1k-train-0003.tar").unlink()
+    write_tar(root / "imagenet1k-train-0002.tar", [m for i in range(30) for m in timm_sample(i, 1)])
+    with pytest.raises(DataError, match=r"dataset\.json says .*; if it was changed on purpose, `pipeline shards index"):
+        opened(root).check_shards()
+
+
+def test_an_index_in_a_place_that_may_only_be_read_serves(tmp_path, monkeypatch):
+    root = timm_tree(tmp_path)
+    opened(root)
+    monkeypatch.setattr("pipeline.data.dataset._alone", lambda directory: pytest.fail("no lock can be taken there"))
+    assert opened(root).manifest.count("train") == 21
+
+
+def test_of_windows_no_more_shards_stay_open_than_are_read(tmp_path):
+    dataset = opened(timm_tree(tmp_path))
+    stream = ShardStream(dataset, dataset.split("train"), keep=2)
+    for sample in range(21):
+        stream.read(sample)
+    assert len(stream._files) == 2
