@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pipeline.config import Config
     from pipeline.data.dataset import Dataset
+    from pipeline.data.description import SplitFacts
     from pipeline.world import World
 
 DONE, FAILED, USAGE, BAD_DATA, RESUMABLE = 0, 1, 2, 3, 75
@@ -129,13 +130,19 @@ def shards_describe(options: argparse.Namespace) -> int:
 
     dataset = _dataset(options)
     manifest, facts = dataset.manifest, describe(dataset)
-    table = Table("split", "images", "shards", "MB", "bytes an image", "images a class", "width", "height", "mixing")
-    for name, f in facts.items():
-        table.add_row(
-            name, f"{f.samples:,}", str(f.shards), f"{f.bytes_total / 1e6:,.1f}", f"{f.bytes_mean:,.0f}",
-            f"{f.class_fewest:,} to {f.class_most:,}", _spread(f.width), _spread(f.height),
-            f"{f.mixing:.2f}",
-        )  # fmt: skip
+    table = Table("", *facts)
+    rows: list[tuple[str, Callable[[SplitFacts], str]]] = [
+        ("images", lambda f: f"{f.samples:,}"),
+        ("shards", lambda f: f"{f.shards:,}"),
+        ("MB of images", lambda f: f"{f.bytes_total / 1e6:,.1f}"),
+        ("bytes an image", lambda f: f"{f.bytes_mean:,.0f}"),
+        ("images a class", lambda f: f"{f.class_fewest:,} to {f.class_most:,}"),
+        ("width", lambda f: _spread(f.width)),
+        ("height", lambda f: _spread(f.height)),
+        ("mixing of shards", lambda f: f"{f.mixing:.2f}"),
+    ]
+    for name, value in rows:
+        table.add_row(name, *map(value, facts.values()))
     console = Console()
     console.print(table)
     names = [c.name for c in manifest.classes]
