@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -48,9 +49,11 @@ class Augmentation:
 
     def crop(self, payload: bytes, key: int) -> Pixels:
         """The training crop (size, size, 3) of an image's bytes. Raises DecodeError."""
-        draw = uniforms(mixed(key, _CROP))
-        pixels = decode_region(payload, lambda width, height: _crop_box(width, height, self.area_min, draw), self.size)
-        return resized(pixels, self.size)
+        return resized(decode_region(payload, partial(self.box, key=key), self.size), self.size)
+
+    def box(self, width: int, height: int, key: int) -> Box:
+        """Which part of an image the crop shows."""
+        return _crop_box(width, height, self.area_min, uniforms(mixed(key, _CROP)))
 
     def variation(self, key: int) -> Variation:
         draw = uniforms(mixed(key, _VARIATION))
