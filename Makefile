@@ -28,6 +28,7 @@ slow: $(VENV)/.dev         ## the tests that take minutes each
 requirements: $(VENV)/.dev    ## compile the pinned, hash-checked requirement files anew from pyproject.toml
 	$(COMPILE) -o requirements/runtime.txt
 	$(COMPILE) --extra dev -o requirements/dev.txt
+	$(COMPILE) --extra peers -o requirements/peers.txt
 
 clean:           ## remove the environment and caches; runs/ and shards/ stay
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build *.egg-info

@@ -168,6 +168,27 @@ def shards_index(options: argparse.Namespace) -> int:
     return DONE
 
 
+def bench_stream(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from pipeline.benchmarks.stream import NAMES, compare, report, write_csv
+    from pipeline.config import ConfigError
+    from pipeline.data.dataset import Location, open_dataset
+
+    unknown = [name for name in options.only if name not in NAMES]
+    if unknown:
+        raise ConfigError(f"--only {unknown[0]} is no contender; choose from {', '.join(NAMES)}")
+    with _progress("measuring", "rounds") as progress:
+        result = compare(
+            open_dataset(Location(options.root)), split=options.split, images=options.images, rounds=options.repeats,
+            size=options.size, batch=options.batch, only=options.only, progress=progress,
+        )  # fmt: skip
+    report(result, Console(width=None if sys.stdout.isatty() else 140))
+    if options.csv:
+        write_csv(result, Path(options.csv))
+    return DONE
+
+
 def _dataset(options: argparse.Namespace, **how: Any) -> Dataset:
     """The data set that a verb of `shards` is about."""
     from pipeline.data.dataset import Location, open_dataset
@@ -382,7 +403,28 @@ def _parser() -> argparse.ArgumentParser:
         ),
     )  # fmt: skip
     _add_shards(verbs.add_parser("shards", help="pack images, index tars of others, check and look at them"))
+    _add_bench(verbs.add_parser("bench", help="measure this machine, ours beside others"))
     return parser
+
+
+def _add_bench(parser: argparse.ArgumentParser) -> None:
+    bench = parser.add_subparsers(required=True, metavar="VERB")
+    _add(
+        bench, "stream", bench_stream, "images per CPU second of decoding and of the whole stream, ours and the peers'",
+        "pipeline bench stream shards/imagenet --repeats 7 --csv stream.csv\n"
+        "  peers that are not installed are left out: pip install pipeline[peers]",
+        lambda p: (
+            p.add_argument("root", help="directory of shards, ours or anybody's"),
+            p.add_argument("--images", type=_count, default=500, metavar="N", help="a round (default: 500)"),
+            p.add_argument("--repeats", type=_repeats, default=5, metavar="N", help="rounds, 5 or more (default: 5)"),
+            p.add_argument("--size", type=_count, default=224, metavar="N", help="pixels a side (default: 224)"),
+            p.add_argument("--batch", type=_count, default=64, metavar="N", help="images a batch (default: 64)"),
+            p.add_argument("--split", default="train", help="default: train"),
+            p.add_argument("--only", type=lambda names: names.split(","), default=[], metavar="NAME,NAME",
+                           help="these contenders alone, by the names in the tables"),
+            p.add_argument("--csv", metavar="FILE", help="write every round there"),
+        ),
+    )  # fmt: skip
 
 
 def _add_shards(parser: argparse.ArgumentParser) -> None:
@@ -451,6 +493,13 @@ def _count(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number} must be at least 1")
+    return number
+
+
+def _repeats(text: str) -> int:
+    number = int(text)
+    if number < 5:
+        raise argparse.ArgumentTypeError(f"{number} must be at least 5: fewer rounds show no spread")
     return number
 
 

@@ -122,6 +122,12 @@ def test_resizing_is_within_one_level_of_pillows(shape):
     assert np.array_equal(resized(strided, 24), resized(np.ascontiguousarray(strided), 24))
 
 
+@pytest.mark.parametrize("width", [50, 24, 1])
+def test_a_resized_image_lies_in_memory_as_a_batch_does(width):
+    wide = np.zeros((40, 60, 3), np.uint8)
+    assert resized(wide[:, 5 : 5 + width], 24).flags["C_CONTIGUOUS"]
+
+
 def test_evaluation_sees_the_centre(payload):
     image = np.zeros((40, 60, 3), np.uint8)
     image[:, 10:50] = 200

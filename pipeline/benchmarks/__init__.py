@@ -1,0 +1,1 @@
+"""Ours beside the peers: one file = one table of benchmarks.md."""
