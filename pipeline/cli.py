@@ -198,6 +198,44 @@ def _dataset(options: argparse.Namespace, **how: Any) -> Dataset:
     return open_dataset(location, workers=getattr(options, "workers", 1), **how)
 
 
+def bench_epochs(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from pipeline.benchmarks.epochs import epochs, report
+    from pipeline.data.dataset import Location, open_dataset
+
+    dataset = open_dataset(Location(options.root))
+    passes = []
+    with _progress("reading", "epochs") as progress:
+        for workers in options.workers:
+            for each in epochs(dataset, workers=workers, count=options.epochs, size=options.size, batch=options.batch):
+                passes.append(each)
+                progress(len(passes), options.epochs * len(options.workers))
+    Console().print(report(passes))
+    return DONE
+
+
+def bench_start(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from pipeline.benchmarks.start import report, starts
+    from pipeline.data.dataset import Location, open_dataset
+
+    open_dataset(Location(options.root))  # indexed, if need be, before anything is timed
+    with _progress("starting", "starts") as progress:
+        found = starts(
+            options.root,
+            samples=options.samples,
+            workers=options.workers,
+            repeats=options.repeats,
+            size=options.size,
+            batch=options.batch,
+            progress=progress,
+        )
+    Console().print(report(found))
+    return DONE
+
+
 def _of_run(path: Path, overrides: Sequence[str] = ()) -> Config:
     """A frozen config. One that lies in its run's directory belongs to that directory, wherever it was moved."""
     from pipeline.config import completed, read_config
@@ -425,6 +463,34 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
             p.add_argument("--csv", metavar="FILE", help="write every round there"),
         ),
     )  # fmt: skip
+
+    _add(
+        bench, "epochs", bench_epochs, "images a second and memory, epoch by epoch: neither may drift",
+        "pipeline bench epochs shards/cifar10 --size 24 --workers 1 2",
+        lambda p: (
+            p.add_argument("root", help="directory of shards"),
+            p.add_argument("--epochs", type=_count, default=5, metavar="N", help="default: 5"),
+            *_add_loading(p),
+        ),
+    )  # fmt: skip
+    _add(
+        bench, "start", bench_start, "seconds to the first batch, at the beginning of an epoch and late in it",
+        "pipeline bench start shards/imagenet --samples 0 1200000",
+        lambda p: (
+            p.add_argument("root", help="directory of shards"),
+            p.add_argument("--samples", type=int, nargs="+", default=[0], metavar="N", help="places in the epoch"),
+            p.add_argument("--repeats", type=_repeats, default=5, metavar="N", help="starts each (default: 5)"),
+            *_add_loading(p),
+        ),
+    )  # fmt: skip
+
+
+def _add_loading(parser: argparse.ArgumentParser) -> tuple[argparse.Action, ...]:
+    return (
+        parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], metavar="N", help="default: 1 2"),
+        parser.add_argument("--size", type=_count, default=224, metavar="N", help="pixels a side (default: 224)"),
+        parser.add_argument("--batch", type=_count, default=128, metavar="N", help="images a batch (default: 128)"),
+    )
 
 
 def _add_shards(parser: argparse.ArgumentParser) -> None:
