@@ -41,7 +41,7 @@ def train(options: argparse.Namespace) -> int:
     from pipeline.world import World
 
     if World.is_launched():  # one process of several: the config is frozen
-        return _train_here(_of_run(_frozen(options.words)))
+        return _train_launched(_of_run(_frozen(options.words)))
     files = [word for word in options.words if word.endswith((".yaml", ".yml")) and "=" not in word]
     if len(files) > 1:
         raise ConfigError(f"{files[1]} is a second config; give one RUN/config.yaml, and key=value behind it")
@@ -51,14 +51,17 @@ def train(options: argparse.Namespace) -> int:
         print(to_yaml(config), end="")
         return DONE
     from pipeline.data.shards import MANIFEST, write_atomically
-    from pipeline.launch.plan import CONFIG, open_run
+    from pipeline.launch.lock import locked
+    from pipeline.launch.plan import CONFIG, named, open_run
 
-    settled_config, dataset = settle(config)
-    config = open_run(settled_config)
-    write_atomically(config.directory / MANIFEST, (dataset.directory / MANIFEST).read_bytes())
-    if config.world == 1:
-        return _train_here(config)
-    return _launch_here(config, ["train", str(config.directory / CONFIG)])
+    config, dataset = settle(config)
+    config = named(config)
+    with locked(config.directory):
+        config = open_run(config)
+        write_atomically(config.directory / MANIFEST, (dataset.directory / MANIFEST).read_bytes())
+        if config.world == 1:
+            return _noted(config, lambda: _train_here(config))
+        return _noted(config, lambda: _launch_here(config, ["train", str(config.directory / CONFIG)]))
 
 
 def evaluate(options: argparse.Namespace) -> int:
@@ -312,6 +315,34 @@ def _train_here(config: Config) -> int:
     return DONE
 
 
+def _train_launched(config: Config) -> int:
+    """One rank. Where another launcher than ours started it, the leading one holds the directory and keeps run.json."""
+    from pipeline.launch.local import LAUNCHER
+    from pipeline.launch.lock import locked
+    from pipeline.world import World
+
+    if os.environ.get(LAUNCHER) or not World.from_environment().leads:
+        return _train_here(config)
+    with locked(config.directory):
+        return _noted(config, lambda: _train_here(config))
+
+
+def _noted(config: Config, start: Callable[[], int]) -> int:
+    """Run, and note in run.json how it ended."""
+    from pipeline.launch.plan import close_run
+
+    ended = "failed"
+    try:
+        code = start()
+        ended = {DONE: "done", RESUMABLE: "interrupted"}.get(code, ended)
+        return code
+    except KeyboardInterrupt:
+        ended = "interrupted"
+        raise
+    finally:
+        close_run(config.directory, ended)
+
+
 def _frozen(words: list[str]) -> Path:
     from pipeline.config import ConfigError
 
@@ -344,7 +375,11 @@ def _launch_here(config: Config, arguments: list[str]) -> int:
             "start torchrun on every node with RUN/config.yaml, or set cluster.nodes=1"
         )
     return run_processes(
-        arguments, processes=config.cluster.devices, threads=config.trainer.threads, logs=config.directory / "logs"
+        arguments,
+        processes=config.cluster.devices,
+        threads=config.trainer.threads,
+        logs=config.directory / "logs",
+        lead_seconds=config.cluster.lead_seconds,
     )
 
 
@@ -391,7 +426,9 @@ def _code_of(error: Exception) -> int | None:
         return FAILED  # no space, no permission, no such place
     if "InterruptedRunError" in names:
         return FAILED  # of an evaluation: nothing is kept; `train` answers its own with 75
-    return USAGE if "ConfigError" in names else BAD_DATA if "DataError" in names else None
+    if "LockedError" in names:
+        return FAILED
+    return USAGE if "ConfigError" in names else BAD_DATA if names & {"DataError", "CheckpointError"} else None
 
 
 def _line_of(error: Exception) -> str:

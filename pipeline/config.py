@@ -38,6 +38,7 @@ class RunConfig:
 
     id: str = ""  # "" = made from recipe, data and the time; an existing one resumes that run
     dir: str = "runs"
+    stalled_starts: int = 5  # starts in a row that failed and got no further, before the next is refused; 0 = never
     recipe: str = ""  # the choices on the three axes, filled in when composed
     data: str = ""
     cluster: str = ""
@@ -141,7 +142,8 @@ class TrainerConfig:
     deterministic: bool = True  # same ranks, device type, versions and threads give the same bits
     threads: int = 0  # CPU threads of a process; 0 = cores / processes of the node, fixed at the run's start
     validate_every_epochs: int = 1  # 0 = only at the end
-    checkpoint_every_steps: int = 1000  # besides one after each epoch; 0 = none besides
+    checkpoint_every_steps: int = 0  # besides one after each epoch; 0 = none besides
+    checkpoint_every_minutes: float = 10.0  # since the last one, by the leading rank's clock; 0 = never for that
     keep_checkpoints: int = 2  # newest ones kept, besides the best
 
 
@@ -155,6 +157,7 @@ class ClusterConfig:
     workers: int = -1  # decoding processes a rank; 0 = decode in the training process; -1 = 0 on CPU, on CUDA a
     # core less than the node has for each rank
     timeout_minutes: float = 10.0  # a collective that takes longer ends the run
+    lead_seconds: float = 120.0  # between a signal and the end by force: time for the last checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,7 +206,7 @@ class Config:
 CIRCUMSTANCE = (
     "run.", "cluster.", "tracking.", "ledger", "data.root", "data.source", "data.micro_batch_size",
     "data.train", "data.val", "data.cache", "data.bad_samples", "trainer.max_epochs", "trainer.max_steps",
-    "trainer.validate_every_epochs", "trainer.checkpoint_every_steps", "trainer.keep_checkpoints",
+    "trainer.validate_every_epochs", "trainer.checkpoint_every_", "trainer.keep_checkpoints",
 )  # fmt: skip
 
 
@@ -341,7 +344,8 @@ _LEAST = {
     "optimizer.rate_batch_size": 1,
     "optimizer.weight_decay": 0, "schedule.warmup_epochs": 0, "loss.auxiliary_weight": 0, "trainer.max_epochs": -1,
     "trainer.max_steps": -1, "trainer.threads": 0, "trainer.validate_every_epochs": 0,
-    "trainer.checkpoint_every_steps": 0, "trainer.keep_checkpoints": 1, "cluster.nodes": 1, "cluster.devices": 1,
+    "trainer.checkpoint_every_steps": 0, "trainer.checkpoint_every_minutes": 0, "trainer.keep_checkpoints": 1,
+    "run.stalled_starts": 0, "cluster.nodes": 1, "cluster.devices": 1, "cluster.lead_seconds": 1,
     "cluster.workers": -1, "tracking.every_steps": 1,
 }  # fmt: skip
 _POSITIVE = (

@@ -49,7 +49,8 @@ from pipeline.launch.environment import LaunchedEnvironment
 from pipeline.launch.plan import read_record
 from pipeline.models.registry import MODELS
 from pipeline.norm import SyncBatchNorm, convert
-from pipeline.training.checkpoint import AtomicCheckpointIO, Checkpoints, newest
+from pipeline.training.checkpoint import Checkpoints, newest
+from pipeline.training.checkpoint_io import CheckpointFiles
 from pipeline.training.classifier import Classifier
 from pipeline.training.loss import Loss
 from pipeline.training.schedule import Schedule
@@ -94,7 +95,9 @@ def assemble(config: Config, world: World) -> Assembly:
     )
     checkpoints = Checkpoints(
         config.directory / "checkpoints",
+        CheckpointFiles(),
         every_steps=config.trainer.checkpoint_every_steps,
+        every_minutes=config.trainer.checkpoint_every_minutes,
         keep=config.trainer.keep_checkpoints,
     )
     if config.trainer.precision == "64":
@@ -171,7 +174,7 @@ def build_trainer(assembly: Assembly, callbacks: list[lightning.Callback]) -> li
         # The strategy names the devices; Lightning would look for one of its own for each rank that shares one.
         devices=1 if _accelerator(config) == "cuda" else world.local_size,
         num_nodes=config.cluster.nodes,
-        strategy=build_strategy(config, world),
+        strategy=build_strategy(config, world, assembly.checkpoints.files),
         plugins=[LaunchedEnvironment(world)] if world.size == 1 else None,  # else Lightning looks for Slurm by itself
         precision=PRECISIONS[trainer.precision],  # type: ignore[arg-type]
         max_epochs=trainer.max_epochs,
@@ -190,17 +193,17 @@ def build_trainer(assembly: Assembly, callbacks: list[lightning.Callback]) -> li
     )
 
 
-def build_strategy(config: Config, world: World) -> Strategy:
+def build_strategy(config: Config, world: World, files: CheckpointFiles) -> Strategy:
     cuda = _accelerator(config) == "cuda"
     device = torch.device("cuda", world.local_rank % torch.cuda.device_count()) if cuda else torch.device("cpu")
     if world.size == 1:
-        return SingleDeviceStrategy(device, checkpoint_io=AtomicCheckpointIO())
+        return SingleDeviceStrategy(device, checkpoint_io=files)
     one_device_each = cuda and world.local_size <= torch.cuda.device_count()
     return DDPStrategy(
         parallel_devices=[torch.device("cuda", i % torch.cuda.device_count()) if cuda else torch.device("cpu")
                           for i in range(world.local_size)],
         cluster_environment=LaunchedEnvironment(world),
-        checkpoint_io=AtomicCheckpointIO(),
+        checkpoint_io=files,
         process_group_backend="nccl" if one_device_each else "gloo",  # NCCL refuses two ranks on one device
         timeout=timedelta(minutes=config.cluster.timeout_minutes),
         broadcast_buffers=False,  # batch statistics never travel: each rank computes them, groups have their own
@@ -216,7 +219,9 @@ def train(config: Config, world: World, console: Console) -> Scores | None:
     """Train to the end, from the newest checkpoint if there is one. Raises InterruptedRunError, DataError."""
     run = assemble(config, world)
     record = read_record(config.directory)
-    start = newest(run.checkpoints.directory)
+    say = partial(console.print, highlight=False, soft_wrap=True)
+    run.checkpoints.say = say
+    start = newest(run.checkpoints.directory, say)
     progress = ProgressReport(console, steps=run.steps)
     reporters: list[Reporter] = []
     if world.leads:
@@ -239,7 +244,13 @@ def train(config: Config, world: World, console: Console) -> Scores | None:
     bad_samples = BadSamples(
         config.directory / "bad-samples", run.data, budget=config.data.bad_samples, rank=world.rank, console=console
     )
-    callbacks += [bad_samples, run.checkpoints, Preemption(run.checkpoints, bad_samples)]
+    preemption = Preemption(
+        run.checkpoints,
+        bad_samples,
+        timeout=timedelta(minutes=config.cluster.timeout_minutes),
+        on_interruption=partial(_tell_of_interruption, reporters),
+    )
+    callbacks += [bad_samples, run.checkpoints, preemption]
     trainer = build_trainer(run, callbacks)
     try:
         with interruptible():
@@ -255,6 +266,11 @@ def train(config: Config, world: World, console: Console) -> Scores | None:
     if world.leads:
         _summarize(run, trainer.global_step, console)
     return run.classifier.scores
+
+
+def _tell_of_interruption(reporters: list[Reporter]) -> None:
+    for reporter in reporters:
+        reporter.interrupted()
 
 
 def evaluate(config: Config, world: World, console: Console, *, checkpoint: Path) -> Scores:
@@ -284,7 +300,7 @@ def evaluate(config: Config, world: World, console: Console, *, checkpoint: Path
 def load_weights(classifier: Classifier, checkpoint: Path) -> dict[str, Any]:
     """Load a checkpoint's weights; returns all of it. Raises DataError or, if it does not fit, ConfigError."""
     try:
-        state: dict[str, Any] = AtomicCheckpointIO().load_checkpoint(checkpoint)
+        state: dict[str, Any] = CheckpointFiles().load_checkpoint(checkpoint)
         weights = state["state_dict"]
     except Exception:  # torch and its unpickler have many ways to say so
         raise DataError(f"{checkpoint} is no whole checkpoint of a run; give another with --checkpoint") from None

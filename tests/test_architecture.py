@@ -23,7 +23,8 @@ FLOORS = {
 
 # library -> where it may be imported; a room ends with a slash
 WALLS = {
-    "lightning": ("run", "data/datamodule", "training/classifier", "training/checkpoint", "launch/environment",
+    "lightning": ("run", "data/datamodule", "training/classifier", "training/checkpoint", "training/checkpoint_io",
+                  "launch/environment",
                   "callbacks/"),
     "wandb": ("callbacks/tracking", "doctor"),
     "webdataset": ("data/", "benchmarks/"),  # as a peer

@@ -50,6 +50,9 @@ class Journal:
         self._writer.writerow(_text(row))
         self._file.flush()
 
+    def interrupted(self) -> None:
+        """Every row is written as it comes."""
+
     def close(self) -> None:
         self._file.close()
 

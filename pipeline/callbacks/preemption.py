@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import lightning
 
-from pipeline.callbacks.bad_samples import BadSamples, sum_over_ranks
+from pipeline.callbacks.agreement import Agreement
+from pipeline.callbacks.bad_samples import BadSamples
 from pipeline.data.shards import DataError
 from pipeline.training.checkpoint import Checkpoints, ends_epoch
 
@@ -19,21 +22,33 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 
 
 class InterruptedRunError(Exception):
-    """A signal ended the run after a checkpoint; the same command goes on from there."""
+    """A signal ended the run; the same command goes on from its newest checkpoint."""
 
 
 class Preemption(lightning.Callback):
-    """Looks at flag and count after every optimizer step, with one small reduction over all ranks."""
+    """Looks at flag, count and clock between steps. on_interruption: told before the last checkpoint is written."""
 
-    def __init__(self, checkpoints: Checkpoints, bad_samples: BadSamples):
+    def __init__(
+        self,
+        checkpoints: Checkpoints,
+        bad_samples: BadSamples,
+        *,
+        timeout: timedelta,
+        on_interruption: Callable[[], object] = lambda: None,
+    ):
         self.checkpoints, self.bad_samples = checkpoints, bad_samples
+        self.timeout, self.on_interruption = timeout, on_interruption
+        self.agreement = Agreement()
         self.signal: int | None = None
-        self._step = 0
+        self._step = self._validated = 0
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self._step = trainer.global_step
-        for number in SIGNALS:  # in place of Lightning's own, which save inside the handler
+        self.agreement.begin(self._step, self.timeout)
+        for number in SIGNALS:  # in place of Lightning's own, which save and communicate inside the handler
             signal.signal(number, self._note)
+        # Lightning also broadcasts a flag before every batch and waits for it; the agreement takes its place.
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = _nothing  # type: ignore[method-assign]
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -42,24 +57,54 @@ class Preemption(lightning.Callback):
         if step == self._step or ends_epoch(trainer):
             return
         self._step = step
-        signals, bad = sum_over_ranks([self.signal is not None, self.bad_samples.count], pl_module.device)
+        sums = self.agreement.ask(step, self._values(trainer))
+        if sums is None:
+            return
+        signals, bad, due = sums
         try:
             self.bad_samples.check(round(bad))
-            if signals:
-                raise InterruptedRunError(f"interrupted after step {step}; its checkpoint is written")
-        except (DataError, InterruptedRunError):
-            self.checkpoints.save(trainer)
+        except DataError:
+            self.checkpoints.save(trainer, wait=True)
             raise
+        if signals:
+            self._leave(trainer, f"after step {step}")
+        if due:
+            self.checkpoints.save(trainer)
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        # The checkpoint of the epoch's end is written already: Checkpoints comes before us.
-        signals, bad = sum_over_ranks([self.signal is not None, self.bad_samples.count], pl_module.device)
+        # The checkpoint of the epoch's end is on its way already: Checkpoints comes before us.
+        signals, bad, _ = self.agreement.settle(self._values(trainer))
         self.bad_samples.check(round(bad))
         if signals and not trainer.fit_loop.done:
+            self.on_interruption()
             raise InterruptedRunError(f"interrupted after step {trainer.global_step}; its checkpoint is written")
+
+    def on_validation_batch_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, *_: Any, **__: Any
+    ) -> None:
+        if trainer.state.fn != "fit":
+            return
+        self._validated += 1
+        sums = self.agreement.ask(self._validated, self._values(trainer))
+        if sums is not None and sums[0]:
+            self._leave(trainer, f"in the validation after step {trainer.global_step}, which will be repeated")
+
+    def _leave(self, trainer: lightning.Trainer, where: str) -> None:
+        self.on_interruption()
+        failure = self.checkpoints.save(trainer, wait=True)
+        written = f"could not be written ({failure})" if failure else "is written"
+        raise InterruptedRunError(f"interrupted {where}; its checkpoint {written}")
+
+    def _values(self, trainer: lightning.Trainer) -> list[float]:
+        due = trainer.is_global_zero and self.checkpoints.due()
+        return [float(self.signal is not None), float(self.bad_samples.count), float(due)]
 
     def _note(self, number: int, frame: object) -> None:
         if self.signal == signal.SIGINT == number:  # a second Ctrl-C: at once
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         self.signal = number
+
+
+def _nothing() -> None:
+    """No broadcast."""

@@ -62,6 +62,9 @@ class ProgressReport(lightning.Callback):
             soft_wrap=True,
         )
 
+    def interrupted(self) -> None:
+        """The message of the end says it."""
+
     def close(self) -> None:
         self._bar.stop()
 

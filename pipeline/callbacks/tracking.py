@@ -17,6 +17,8 @@ from pipeline.callbacks.throughput import Throughput
 from pipeline.evaluation.metrics import Scores
 from pipeline.training.classifier import Classifier
 
+RESUMABLE = 75  # the exit code by which W&B knows a preempted run from a failed one
+
 
 class TrackingError(Exception):
     """W&B cannot be had as asked for."""
@@ -26,6 +28,8 @@ class Reporter(Protocol):
     """Takes rows as they come."""
 
     def append(self, row: Row) -> None: ...
+
+    def interrupted(self) -> None: ...  # the run is about to end before its time
 
     def close(self) -> None: ...
 
@@ -102,6 +106,7 @@ class WandbReporter:
 
     def __init__(self, place: WandbPlace, *, directory: Path, mode: str, config: dict[str, Any]):
         self.mode = wandb_mode(mode)
+        self._exit_code = 0
         os.environ.setdefault("WANDB_SILENT", "true")
         try:
             self.run = self._init(place, directory, config)
@@ -128,8 +133,12 @@ class WandbReporter:
         named = {f"{row.split}/{name}": value for name, value in values.items() if value is not None}
         self.run.log({"step": row.step, "epoch": row.epoch, **named})
 
+    def interrupted(self) -> None:
+        self.run.mark_preempting()
+        self._exit_code = RESUMABLE
+
     def close(self) -> None:
-        self.run.finish()
+        self.run.finish(exit_code=self._exit_code)
 
 
 def wandb_mode(mode: str) -> str:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-LEAD_SECONDS = 120.0  # what ranks get to write a checkpoint after a signal
+LAUNCHER = "PIPELINE_LAUNCHER"  # set for our ranks: the run's directory is held by the process that started them
 _GRACE_SECONDS = 15.0  # what the others get to notice that one has died
 _PR_SET_PDEATHSIG = 1
 RESUMABLE = 75
@@ -20,18 +20,20 @@ EXPLAINED = (2, 3)  # bad config, bad data
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 
 
-def run_processes(arguments: Sequence[str], *, processes: int, threads: int, logs: Path) -> int:
+def run_processes(
+    arguments: Sequence[str], *, processes: int, threads: int, logs: Path, lead_seconds: float = 120.0
+) -> int:
     """Run `python -m pipeline ARGUMENTS` once a rank; returns the exit status of the run.
 
     Rank 0 keeps the terminal, the others write to logs/rank-<r>.log. SIGTERM, SIGINT and SIGUSR2 go
-    to all. When one rank fails the others are ended, and its status is the run's; 75 of any rank
-    means interrupted and resumable, if none failed otherwise.
+    to all; after lead_seconds they are killed. When one rank fails the others are ended, and its status
+    is the run's; 75 of any rank means interrupted and resumable, if none failed otherwise.
     """
     logs.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "pipeline", *arguments]
     shared = {
         **os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(processes),
-        "LOCAL_WORLD_SIZE": str(processes), "OMP_NUM_THREADS": str(threads),
+        "LOCAL_WORLD_SIZE": str(processes), "OMP_NUM_THREADS": str(threads), LAUNCHER: "local",
     }  # fmt: skip
     # Torch would warn on every rank that all parameters are used, which is why run.py looks for unused ones.
     shared.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -52,15 +54,15 @@ def run_processes(arguments: Sequence[str], *, processes: int, threads: int, log
         )
         if output is not None:
             output.close()
-    return _wait(ranks, logs)
+    return _wait(ranks, logs, lead_seconds)
 
 
-def _wait(ranks: list[subprocess.Popen[bytes]], logs: Path) -> int:
+def _wait(ranks: list[subprocess.Popen[bytes]], logs: Path, lead_seconds: float) -> int:
     deadline, signalled = float("inf"), False
 
     def forward(number: int, frame: object) -> None:
         nonlocal deadline, signalled
-        deadline, signalled = min(deadline, time.monotonic() + LEAD_SECONDS), True
+        deadline, signalled = min(deadline, time.monotonic() + lead_seconds), True
         for process in ranks:
             if process.poll() is None:
                 process.send_signal(number)
@@ -73,7 +75,7 @@ def _wait(ranks: list[subprocess.Popen[bytes]], logs: Path) -> int:
             if failed is None and (failed := _failure(ranks, signalled=signalled)) is not None:
                 deadline = min(deadline, time.monotonic() + _GRACE_SECONDS)
             elif any(process.poll() == RESUMABLE for process in ranks):
-                deadline = min(deadline, time.monotonic() + LEAD_SECONDS)  # ranks are interrupted together
+                deadline = min(deadline, time.monotonic() + lead_seconds)  # ranks are interrupted together
             if time.monotonic() > deadline:
                 for process in ranks:
                     process.kill()

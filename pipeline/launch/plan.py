@@ -28,15 +28,26 @@ def new_run_id(config: Config) -> str:
     return f"{config.run.recipe}-{config.run.data}-{datetime.now(tz=UTC):%Y%m%d-%H%M%S}"
 
 
-def open_run(config: Config) -> Config:
-    """Create the run's directory, or open an existing one to go on; returns the config to freeze.
+def named(config: Config) -> Config:
+    """The config with an id, for which a directory is made if there was none. Raises ConfigError."""
+    while not config.run.id:
+        made = completed(config, run={"id": new_run_id(config)})
+        if made.directory.exists():  # another run began in this second
+            made = completed(config, run={"id": f"{new_run_id(config)}-{secrets.token_hex(2)}"})
+        config = made
+    try:
+        config.directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(config, error) from None
+    return config
 
-    Raises ConfigError if the directory cannot be written, or holds a run that is another one.
+
+def open_run(config: Config) -> Config:
+    """Make a directory a run's, or open it to go on; returns the config to freeze.
+
+    Raises ConfigError if the directory cannot be written, holds a run that is another one, or one that fails each time.
     """
-    if not config.run.id:
-        config = completed(config, run={"id": new_run_id(config)})
-        while config.directory.exists():  # another run began in this second
-            config = completed(config, run={"id": f"{new_run_id(config)}-{secrets.token_hex(2)}"})
+    config = named(config)
     directory = config.directory
     if (directory / CONFIG).exists() and (directory / STARTED).exists():
         frozen = read_config(directory / CONFIG)
@@ -46,22 +57,59 @@ def open_run(config: Config) -> Config:
                 f"run.id = {config.run.id} is another run: {'; '.join(other)}; choose a new run.id, or these values"
             )
         config = completed(config, trainer={"threads": config.trainer.threads or frozen.trainer.threads})
-    elif directory.is_dir() and any(directory.iterdir()) and not (directory / CONFIG).exists():
+    elif not (directory / CONFIG).exists() and any(not path.name.startswith(".") for path in directory.iterdir()):
         raise ConfigError(f"{directory} holds no run but other files; choose another run.id or run.dir")
     if not config.trainer.threads:
         threads = max(1, (os.cpu_count() or 1) // config.cluster.devices)
         config = completed(config, trainer={"threads": threads})
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        _write(directory / CONFIG, to_yaml(config))
         record = read_record(directory) if (directory / RECORD).exists() else RunRecord(wandb_id=secrets.token_hex(4))
-        record.starts.append({"at": datetime.now(tz=UTC).isoformat(timespec="seconds"), **_circumstance(config)})
-        _write(directory / RECORD, json.dumps(asdict(record), indent=2) + "\n")
+        step = newest_step(directory)
+        _refuse_crash_loop(config, record, step)
+        _write(directory / CONFIG, to_yaml(config))
+        now = datetime.now(tz=UTC).isoformat(timespec="seconds")
+        record.starts.append({"at": now, "step": step, **_circumstance(config)})
+        _write_record(directory, record)
     except OSError as error:
-        raise ConfigError(
-            f"run.dir = {config.run.dir}: {error.strerror} ({error.filename}); choose a directory that can be written"
-        ) from None
+        raise _unwritable(config, error) from None
     return config
+
+
+def close_run(directory: Path, ended: str) -> None:
+    """Note how the last start ended: done, interrupted or failed. One that was killed notes nothing."""
+    record = read_record(directory)
+    record.starts[-1]["ended"] = ended
+    record.starts[-1]["ended_at"] = datetime.now(tz=UTC).isoformat(timespec="seconds")
+    _write_record(directory, record)
+
+
+def newest_step(directory: Path) -> int:
+    """The step of the newest checkpoint, by its name; 0 for none."""
+    steps = [path.stem.partition("-")[2] for path in (directory / "checkpoints").glob("step-*.ckpt")]
+    return max((int(step) for step in steps if step.isdigit()), default=0)
+
+
+def _refuse_crash_loop(config: Config, record: RunRecord, step: int) -> None:
+    allowed = config.run.stalled_starts
+    last = record.starts[-allowed:] if allowed else []
+    if len(last) < max(allowed, 1) or any(s.get("ended") in ("done", "interrupted") for s in last):
+        return
+    if all(start.get("step", 0) == step for start in last):
+        raise ConfigError(
+            f"{config.run.id} failed {allowed} times in a row after step {step} and never got further: it would again; "
+            f"see {config.directory / 'logs'} and what it printed, mend the cause, and go on once with "
+            "run.stalled_starts=0"
+        )
+
+
+def _unwritable(config: Config, error: OSError) -> ConfigError:
+    return ConfigError(
+        f"run.dir = {config.run.dir}: {error.strerror} ({error.filename}); choose a directory that can be written"
+    )
+
+
+def _write_record(directory: Path, record: RunRecord) -> None:
+    _write(directory / RECORD, json.dumps(asdict(record), indent=2) + "\n")
 
 
 def _circumstance(config: Config) -> dict[str, object]:

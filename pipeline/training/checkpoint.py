@@ -1,59 +1,63 @@
-"""Checkpoints: whole or absent on disk, loaded without running code, the newest few and the best kept."""
+"""When checkpoints are written, which are kept, and from which a run goes on."""
 
 from __future__ import annotations
 
 import os
 import re
 import shutil
+import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning
-import torch
-from lightning.fabric.plugins import TorchCheckpointIO
 
 from pipeline.evaluation.metrics import Scores
+from pipeline.training.checkpoint_io import CheckpointError, CheckpointFiles, damage
 from pipeline.training.classifier import Classifier
 
 BEST = "best.ckpt"
 POSITION = "ImageData"  # where Lightning keeps the data module's state
+_UNVALIDATED = "validation_is_due"
 _NAME = re.compile(r"step-(\d{8})\.ckpt")
 
 
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes to a temporary file, flushes it to disk and renames it; loads tensors and plain values only."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        final = Path(path)
-        temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
-        try:
-            with temporary.open("wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(final)
-            directory = os.open(final.parent, os.O_RDONLY)
-            try:
-                os.fsync(directory)  # the rename itself
-            finally:
-                os.close(directory)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-    def load_checkpoint(
-        self, path: Any, map_location: Any | None = None, weights_only: bool | None = None
-    ) -> dict[str, Any]:
-        checkpoint: dict[str, Any] = torch.load(path, map_location=map_location or "cpu", weights_only=True)
-        return checkpoint
-
-
 class Checkpoints(lightning.Callback):
-    """Saves every `every_steps` optimizer steps (0 = never) and at each epoch's end; keeps `keep` and the best."""
+    """Saves each `every_steps` optimizer steps (0 = never) and at each epoch's end; keeps `keep` and the best.
 
-    def __init__(self, directory: Path, *, every_steps: int, keep: int):
-        self.directory, self.every_steps, self.keep = directory, every_steps, keep
+    every_minutes is asked for by `due`, which the leading rank answers: clocks differ, and all ranks save together.
+    say: tells of a save that did not succeed.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        files: CheckpointFiles,
+        *,
+        every_steps: int,
+        every_minutes: float = 0.0,
+        keep: int,
+        say: Callable[[str], None] = print,
+    ):
+        self.directory, self.files, self.say = directory, files, say
+        self.every_steps, self.every_minutes, self.keep = every_steps, every_minutes, keep
         self.best_top1 = -1.0
         self._saved_step = 0
+        self._saved_at = time.monotonic()
+        self._unvalidated = False
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        assert isinstance(pl_module, Classifier)
+        self._saved_step, self._saved_at = trainer.global_step, time.monotonic()
+        if self._unvalidated:  # the checkpoint was written in the middle of the validation of an epoch's end
+            self._unvalidated = False
+            loop = trainer.fit_loop.epoch_loop.val_loop
+            loop.restarting = False
+            trainer.validating = True
+            loop.run()
+            trainer.training = True
+            self.save(trainer, best=self._is_best(pl_module.scores))
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -70,19 +74,24 @@ class Checkpoints(lightning.Callback):
         assert isinstance(pl_module, Classifier)
         if not ends_epoch(trainer):  # max_steps cut it short: saved at that step, in the middle of the epoch
             return
-        self.save(trainer)
-        self.keep_best(trainer, pl_module.scores)
+        self.save(trainer, best=self._is_best(pl_module.scores))
 
     def keep_best(self, trainer: lightning.Trainer, scores: Scores | None) -> None:
-        """Keep a copy of the checkpoint just written if its scores are the best so far."""
-        path = newest(self.directory)
-        if scores is None or scores.top1 <= self.best_top1 or path is None:
-            return
+        """Keep a copy of the newest checkpoint if its scores are the best so far."""
+        self.files.finish()
+        found = checkpoints(self.directory)
+        if self._is_best(scores) and trainer.is_global_zero and found:
+            _copy(found[-1], self.directory / BEST)
+
+    def due(self) -> bool:
+        """Whether the last save is `every_minutes` ago."""
+        return 0 < self.every_minutes * 60 <= time.monotonic() - self._saved_at
+
+    def _is_best(self, scores: Scores | None) -> bool:
+        if scores is None or scores.top1 <= self.best_top1:
+            return False
         self.best_top1 = scores.top1
-        if trainer.is_global_zero:
-            copy = self.directory / f".{BEST}.{os.getpid()}.tmp"
-            shutil.copyfile(path, copy)
-            copy.replace(self.directory / BEST)
+        return True
 
     def on_load_checkpoint(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
@@ -92,11 +101,14 @@ class Checkpoints(lightning.Callback):
         position = checkpoint[POSITION]
         loops = checkpoint["loops"]["fit_loop"]
         progress = loops["epoch_loop.batch_progress"]
+        self._unvalidated = checkpoint[_UNVALIDATED]
         if progress["is_last_batch"]:  # an epoch's end is stored as the start of the next, for Lightning too
             progress["is_last_batch"] = False
             progress["current"] = dict.fromkeys(progress["current"], 0)
             for counts in loops["epoch_progress"].values():
-                counts.update(dict.fromkeys(counts, counts["processed"]))
+                counts.update(dict.fromkeys(counts, counts["processed"] + self._unvalidated))
+            validated = loops["epoch_loop.val_loop.batch_progress"]
+            validated["current"] = dict.fromkeys(validated["current"], 0)
             return
         steps = position["sample"] // position["global_batch_size"]
         moved = steps * trainer.accumulate_grad_batches - progress["current"]["ready"]
@@ -104,22 +116,54 @@ class Checkpoints(lightning.Callback):
             for stage in counts:
                 counts[stage] += moved
 
+    def on_save_checkpoint(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        checkpoint[_UNVALIDATED] = trainer.validating
+
     def state_dict(self) -> dict[str, float]:
         return {"best_top1": self.best_top1}
 
     def load_state_dict(self, state_dict: dict[str, float]) -> None:
         self.best_top1 = state_dict["best_top1"]
 
-    def save(self, trainer: lightning.Trainer) -> Path:
-        """Write a checkpoint of this step, and remove those beyond `keep`. Every rank must call it."""
+    def save(self, trainer: lightning.Trainer, *, best: bool = False, wait: bool = False) -> str:
+        """Save this step, and remove files beyond `keep` once it is on disk. Every rank must call it.
+
+        best: keep a copy as the best. wait: until it is on disk; returns then why it is not, or "".
+        """
         path = self.directory / f"step-{trainer.global_step:08d}.ckpt"
-        self.directory.mkdir(parents=True, exist_ok=True)
-        trainer.save_checkpoint(path)
-        self._saved_step = trainer.global_step
-        if trainer.is_global_zero:
-            for old in checkpoints(self.directory)[: -self.keep]:
-                old.unlink(missing_ok=True)
-        return path
+        self.files.finish()
+        self._complain()
+        trainer.save_checkpoint(path, storage_options=partial(_tidy, path, self.keep, best))
+        self._saved_step, self._saved_at = trainer.global_step, time.monotonic()
+        if wait:
+            self.files.finish()
+        return self._complain() if wait else ""
+
+    def _complain(self) -> str:
+        failure, self.files.failure = self.files.failure, ""
+        if failure:
+            found = checkpoints(self.directory)
+            self.say(f"WARNING: a checkpoint could not be written, {failure}; "
+                     f"{f'{found[-1].name} stays the newest' if found else 'there is none yet'}")  # fmt: skip
+        return failure
+
+
+def _tidy(path: Path, keep: int, best: bool) -> None:
+    if best:
+        _copy(path, path.with_name(BEST))
+    for old in checkpoints(path.parent)[:-keep]:
+        old.unlink(missing_ok=True)
+
+
+def _copy(path: Path, to: Path) -> None:
+    temporary = to.with_name(f".{to.name}.{os.getpid()}.tmp")
+    try:
+        shutil.copyfile(path, temporary)
+        temporary.replace(to)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def ends_epoch(trainer: lightning.Trainer) -> bool:
@@ -132,7 +176,20 @@ def checkpoints(directory: Path) -> list[Path]:
     return sorted(path for path in directory.glob("step-*.ckpt") if _NAME.fullmatch(path.name))
 
 
-def newest(directory: Path) -> Path | None:
-    """The checkpoint to continue from, or None."""
+def newest(directory: Path, say: Callable[[str], None] = lambda text: None) -> Path | None:
+    """The newest whole checkpoint, or None where there is none at all; says which damaged ones it passes over.
+
+    Raises CheckpointError where none is whole, or one is of a newer format.
+    """
     found = checkpoints(directory)
-    return found[-1] if found else None
+    for path in reversed(found):
+        fault = damage(path)
+        if not fault:
+            return path
+        say(f"WARNING: {path} is passed over: {fault}")
+    if found:
+        raise CheckpointError(
+            f"{directory} holds {len(found)} checkpoints and none is whole; bring one back, or remove them and "
+            "start again"
+        )
+    return None

@@ -1,14 +1,26 @@
-import pickle
+import threading
+import zipfile
 
 import pytest
 import torch
 
-from pipeline.training.checkpoint import AtomicCheckpointIO, checkpoints, newest
+from pipeline.training import checkpoint_io
+from pipeline.training.checkpoint import BEST, _tidy, checkpoints, newest
+from pipeline.training.checkpoint_io import STAMP, CheckpointError, CheckpointFiles, damage, write_checkpoint
+
+
+def state(value: float) -> dict:
+    return {"state_dict": {"weight": torch.full((1000,), value)}, "global_step": int(value)}
+
+
+def written(directory, step: int):
+    path = directory / f"step-{step:08d}.ckpt"
+    write_checkpoint(state(step), path)
+    return path
 
 
 def test_a_checkpoint_is_whole_or_absent(tmp_path, monkeypatch):
-    path = tmp_path / "step-00000001.ckpt"
-    AtomicCheckpointIO().save_checkpoint({"weight": torch.ones(3)}, path)
+    path = written(tmp_path, 1)
 
     def torn(checkpoint, file):
         file.write(b"half")
@@ -16,9 +28,40 @@ def test_a_checkpoint_is_whole_or_absent(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, "save", torn)
     with pytest.raises(OSError, match="No space left"):
-        AtomicCheckpointIO().save_checkpoint({"weight": torch.zeros(3)}, path)
+        write_checkpoint(state(2), path)
     assert [p.name for p in tmp_path.iterdir()] == [path.name]  # the old one, and nothing beside it
-    assert AtomicCheckpointIO().load_checkpoint(path)["weight"].tolist() == [1, 1, 1]
+    assert damage(path) == ""
+
+
+def test_a_save_copies_and_writes_beside_the_training(tmp_path, monkeypatch):
+    may_write, files = threading.Event(), CheckpointFiles()
+    write = checkpoint_io.write_checkpoint
+    monkeypatch.setattr(checkpoint_io, "write_checkpoint", lambda *a: may_write.wait(30) and write(*a))
+    weight = torch.zeros(3)
+    path = tmp_path / "step-00000001.ckpt"
+    files.save_checkpoint({"state_dict": {"weight": weight}}, path)
+    weight += 1  # the training goes on
+    assert not path.exists()
+    may_write.set()
+    files.teardown()
+    assert files.load_checkpoint(path)["state_dict"]["weight"].tolist() == [0, 0, 0]
+
+
+def test_a_full_disk_leaves_the_last_good_one_and_is_said(tmp_path, monkeypatch):
+    files, path = CheckpointFiles(), written(tmp_path, 1)
+
+    def full(checkpoint, file):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    files.save_checkpoint(state(2), tmp_path / "step-00000002.ckpt")
+    files.finish()
+    assert files.failure == "step-00000002.ckpt: No space left on device"
+    assert newest(tmp_path) == path
+    monkeypatch.undo()
+    files.save_checkpoint(state(2), tmp_path / "step-00000002.ckpt")
+    files.teardown()
+    assert files.failure == ""
 
 
 def test_loading_runs_no_code(tmp_path):
@@ -26,16 +69,64 @@ def test_loading_runs_no_code(tmp_path):
         def __reduce__(self):
             return (tmp_path.joinpath("owned").touch, ())
 
-    path = tmp_path / "foreign.ckpt"
-    torch.save(Payload(), path)
-    with pytest.raises(pickle.UnpicklingError):
-        AtomicCheckpointIO().load_checkpoint(path, weights_only=False)  # whatever the caller asks for
+    path = tmp_path / "step-00000003.ckpt"
+    torch.save({"state_dict": Payload(), STAMP: {"format": 1}}, path)
+    with pytest.raises(Exception, match=r"(?i)weights.only"):
+        CheckpointFiles().load_checkpoint(path, weights_only=False)  # whatever the caller asks for
+    assert "holds more than tensors and plain values" in damage(path)
     assert not (tmp_path / "owned").exists()
 
 
-def test_the_newest_is_the_one_of_most_steps(tmp_path):
+def test_the_newest_is_the_one_of_most_steps_and_half_written_ones_do_not_count(tmp_path):
     assert newest(tmp_path) is None
-    for name in ("step-00000009.ckpt", "step-00000100.ckpt", "best.ckpt", ".step-00000200.ckpt.1.tmp", "step-x.ckpt"):
+    for step in (9, 100):
+        written(tmp_path, step)
+    for name in ("best.ckpt", ".step-00000200.ckpt.1.tmp", "step-x.ckpt"):
         (tmp_path / name).touch()
     assert [p.name for p in checkpoints(tmp_path)] == ["step-00000009.ckpt", "step-00000100.ckpt"]
     assert newest(tmp_path) == tmp_path / "step-00000100.ckpt"
+
+
+@pytest.mark.parametrize("keep", [0, 10, 0.5, 0.999])
+def test_a_torn_one_is_passed_over_with_a_warning(tmp_path, keep):
+    good, torn = written(tmp_path, 1), written(tmp_path, 2)
+    content = torn.read_bytes()
+    torn.write_bytes(content[: int(keep * len(content)) if keep < 1 else keep])
+    said = []
+    assert newest(tmp_path, said.append) == good
+    assert said == [f"WARNING: {torn} is passed over: {damage(torn)}"]
+
+
+def test_a_flipped_bit_in_any_tensor_is_found(tmp_path):
+    good, path = written(tmp_path, 1), written(tmp_path, 2)
+    with zipfile.ZipFile(path) as archive:
+        entry = max(archive.infolist(), key=lambda info: info.file_size)
+    content = bytearray(path.read_bytes())
+    content[entry.header_offset + 2000] ^= 1
+    path.write_bytes(content)
+    assert "damaged" in damage(path)
+    assert newest(tmp_path) == good
+
+
+def test_a_foreign_file_is_passed_over_and_none_whole_is_refused(tmp_path):
+    torch.save({"model": torch.ones(3)}, tmp_path / "step-00000007.ckpt")
+    assert damage(tmp_path / "step-00000007.ckpt") == "not written by this program"
+    with pytest.raises(CheckpointError, match="holds 1 checkpoints and none is whole; bring one back, or remove them"):
+        newest(tmp_path)
+
+
+def test_a_newer_format_is_refused_and_not_passed_over(tmp_path):
+    written(tmp_path, 1)
+    torch.save({**state(2), STAMP: {"format": 99}}, tmp_path / "step-00000002.ckpt")
+    with pytest.raises(
+        CheckpointError, match="has format 99, this version reads up to 1; go on with the newer version"
+    ):
+        newest(tmp_path)
+
+
+def test_files_beyond_the_newest_are_removed_and_the_best_is_kept(tmp_path):
+    for step in (1, 2, 3):
+        path = written(tmp_path, step)
+        _tidy(path, keep=2, best=step == 1)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [BEST, "step-00000002.ckpt", "step-00000003.ckpt"]
+    assert CheckpointFiles().load_checkpoint(tmp_path / BEST)["global_step"] == 1

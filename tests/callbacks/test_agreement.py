@@ -1,0 +1,100 @@
+"""Ranks decide together at the same steps, and a step carries no collective that we did not ask for."""
+
+from __future__ import annotations
+
+from collections import Counter
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+from rich.console import Console
+
+from pipeline import run
+from pipeline.callbacks import agreement
+from pipeline.callbacks.agreement import Agreement
+from pipeline.callbacks.preemption import Preemption
+from pipeline.config import Config
+from pipeline.world import World
+from tests.multiprocess.ranks import run_ranks
+from tests.multiprocess.test_resume import config
+
+
+def asked(rank: int, world: int, seconds: float) -> list[tuple[int, list[float]]]:
+    """What each of 20 steps was told, where rank 1 says 5 after step 7."""
+    World.from_environment()
+    dist.init_process_group("gloo")
+    agreement.SECONDS = seconds
+    agree = Agreement()
+    agree.begin(0, timedelta(seconds=30))
+    answers = []
+    for step in range(1, 21):
+        sums = agree.ask(step, [5.0 if rank == 1 and step >= 7 else 0.0, 1.0])
+        if sums is not None:
+            answers.append((step, sums))
+    answers.append((21, agree.settle([float(rank), 0.0])))
+    dist.destroy_process_group()
+    return answers
+
+
+def test_all_ranks_hear_the_same_at_the_same_steps():
+    first, *others = run_ranks(3, asked, 0.0)
+    assert all(other == first for other in others)
+    assert [answer for step, answer in first if step <= 7] == [[0, 3]] * 6
+    assert [answer for step, answer in first if 8 <= step <= 20] == [[5, 3]] * 13
+    assert first[-1] == (21, [3, 0])
+
+
+def test_fast_steps_are_asked_less_often():
+    first, other = run_ranks(2, asked, 0.5)
+    assert first == other
+    assert len(first) < 5
+
+
+def test_a_single_rank_hears_itself_at_once():
+    agree = Agreement()
+    agree.begin(0, timedelta(seconds=1))
+    assert agree.ask(1, [1.0, 2.0]) == [1.0, 2.0]
+
+
+def counted(rank: int, world: int, settings: Config) -> dict[str, int]:
+    """Collectives of ten steps in the middle of an epoch, by the function that was called."""
+    calls: Counter[str] = Counter()
+    names = (
+        "all_reduce",
+        "broadcast",
+        "all_gather",
+        "all_gather_into_tensor",
+        "barrier",
+        "reduce",
+        "broadcast_object_list",
+    )
+    for name in names:
+        original = getattr(dist, name)
+
+        def watched(*arguments, _name=name, _original=original, **options):
+            calls[_name] += 1
+            return _original(*arguments, **options)
+
+        setattr(dist, name, watched)
+    seen = Preemption.on_train_batch_end
+    marks: dict[int, Counter[str]] = {}
+
+    def mark(self, trainer, *arguments):
+        seen(self, trainer, *arguments)
+        marks[trainer.global_step] = Counter(calls)
+
+    Preemption.on_train_batch_end = mark
+    run.train(settings, World.from_environment(), Console(quiet=True))
+    return dict(marks[14] - marks[4])
+
+
+@pytest.mark.timeout(120)
+def test_a_step_of_the_whole_trainer_has_the_exchanges_of_its_statistics_and_no_other(shards: Path, tmp_path: Path):
+    """What DDP sums in C++ is not seen here; Lightning's broadcast of a flag before every batch would be."""
+    settings = config(shards, tmp_path, "counted", 2, "model.name=inception", "data.global_batch_size=8",
+                      "trainer.max_epochs=1", "tracking.every_steps=1000", "norm.precise_images=0",
+                      "trainer.checkpoint_every_steps=0")  # fmt: skip
+    for calls in run_ranks(2, counted, settings):
+        assert calls.pop("all_reduce", 0) <= 10  # of the agreement: at most one a step
+        assert calls == {}
