@@ -329,11 +329,10 @@ def _code_of(error: Exception) -> int | None:
 
 
 def _line_of(error: Exception) -> str:
-    """The message itself: a data worker's comes wrapped in its traceback."""
+    """The message itself."""
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
-    text = str(error).strip()
-    return text.rpartition("DataError: ")[2] if "Original Traceback" in text else text
+    return str(error).strip()
 
 
 def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
