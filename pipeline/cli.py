@@ -167,7 +167,7 @@ def _dataset(options: argparse.Namespace, **how: Any) -> Dataset:
 
     cache_bytes = int(options.cache_gb * 1e9)
     location = Location(options.root, options.train or "", options.val or "", options.cache or "", cache_bytes)
-    return open_dataset(location, workers=getattr(options, "workers", 1), **how)
+    return open_dataset(location, workers=getattr(options, "workers", 1), patient=False, **how)
 
 
 def _of_run(path: Path, overrides: Sequence[str] = ()) -> Config:
@@ -196,8 +196,9 @@ def settle(config: Config) -> tuple[Config, Dataset]:
     data = config.data
     with _progress("indexing", "shards") as progress:
         dataset = ready_data(
-            Location(*data.location), source=data.source, workers=os.cpu_count() or 1, progress=progress
-        )
+            Location(*data.location), source=data.source, workers=os.cpu_count() or 1, progress=progress,
+            patient=bool(data.digest),  # a run that has begun waits for its server; who has mistyped a host does not
+        )  # fmt: skip
     manifest = dataset.manifest
     if data.digest and data.digest != manifest.digest:
         known = (config.directory / MANIFEST).is_file()

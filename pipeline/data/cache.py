@@ -98,6 +98,12 @@ class ShardCache:
             f"{self.limit} bytes holds fewer shards than are read at once: raise it"
         )
 
+    def forget(self, name: str) -> None:
+        """Remove what the cache holds of a shard, so that it is downloaded anew."""
+        with self._holding(self._named(name, "lock")):
+            for path in self.directory.glob(f"{self._key(name)}-*"):
+                path.unlink(missing_ok=True)
+
     def _named(self, name: str, kind: str) -> Path:
         return self.directory / f"{self._key(name)}.{kind}"
 
@@ -213,7 +219,7 @@ class ShardCache:
                 if restarted or not part.joined:
                     raise Different(
                         f"{url}: content differs from the manifest (sha256 {content[:16]}, not {sha256[:16]}); bring "
-                        "the file back, or write the manifest again"
+                        "the file back, or write the manifest again (of tars of others: `pipeline shards index`)"
                     )
                 restarted = True
                 part.restart()
@@ -225,7 +231,7 @@ class ShardCache:
             if body.size != total:
                 raise Different(
                     f"{url}: its length of {body.size} bytes differs from the {total} expected; bring the file back, "
-                    "or write the manifest again"
+                    "or write the manifest again (of tars of others: `pipeline shards index`)"
                 )
             if part.length and not hashed and (body.tag != part.tag or not body.tag):
                 raise RangeIgnored(f"{url}: nothing says that it still is the same file")

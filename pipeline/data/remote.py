@@ -49,6 +49,10 @@ class Unavailable(DataError):
     """A fault that may pass: worth another attempt."""
 
 
+class Unreached(Unavailable):
+    """Nobody answers at that host and port."""
+
+
 class RangeIgnored(DataError):
     """The server sends whole bodies only: start over."""
 
@@ -121,7 +125,8 @@ class Remote:
     """Files below a root. Holds no connection, so that it can be pickled; each process opens its own."""
 
     root: str
-    attempts: int = 8  # tries of size, read, names and exists
+    attempts: int = 8  # tries of size, read and names
+    contacts: int = 8  # of which so many may meet nobody: an unknown host, a port where none listens
     wait: float = 0.5  # seconds before the second of them, doubled with each
     timeout: float = 30.0  # seconds without a byte
 
@@ -141,20 +146,24 @@ class Remote:
         """Bytes of a file, as the server announces them."""
         return self._retried(name, lambda: obstore.head(self._store(), name)["size"], stop)
 
-    def exists(self, name: str) -> bool:
-        try:
-            self._retried(name, lambda: obstore.head(self._store(), name))
-        except NotFound:
-            return False
-        return True
-
     def read(self, name: str) -> bytes:
         """The whole of a small file: a manifest, an index."""
         return self._retried(name, lambda: bytes(obstore.get(self._store(), name).bytes()))
 
+    def read_if_there(self, name: str) -> bytes | None:
+        """The same, or None for a 404."""
+        try:
+            return self.read(name)
+        except NotFound:
+            return None
+
+    @property
+    def has_listing(self) -> bool:
+        return _scheme(self.root) in ("s3", "gs")
+
     def names(self, prefix: str = "") -> list[str]:
         """All names below a folder, sorted. Raises DataError for http(s)."""
-        if _scheme(self.root) not in ("s3", "gs"):
+        if not self.has_listing:
             raise DataError(
                 f"{self.root}: HTTP has no listing; give data.train and data.val as brace patterns of its shards"
             )
@@ -202,7 +211,7 @@ class Remote:
 
     def _retried(self, name: str, ask: Callable[[], T], stop: threading.Event | None = None) -> T:
         url = self.url(name) if name else self.root
-        failures = 0
+        failures = unreached = 0
         while True:
             try:
                 return next(_apart(lambda: iter([ask()]), stop))
@@ -211,7 +220,8 @@ class Remote:
             failures += 1
             if not isinstance(fault, Unavailable):
                 raise fault
-            if failures >= self.attempts:
+            unreached += isinstance(fault, Unreached)
+            if failures >= self.attempts or unreached >= self.contacts:
                 raise DataError(f"{fault} ({failures} attempts in all); check the server and the network, then go on")
             seconds = pause(url, failures, self.wait)
             if stop is None:
@@ -283,6 +293,8 @@ def _fault(url: str, error: Exception) -> DataError:
         return DataError(f"{url}: the bucket lies in another region; set AWS_REGION to it")
     if "169.254.169.254" in text or "metadata.google" in text:  # where obstore looks when the environment has none
         return Unavailable(f"{url}: no credentials were found; {_access(_scheme(url))}")
+    if "ConnectError(" in text:
+        return Unreached(f"{url}: {_reason(text)}")
     if status is None:
         return Unavailable(f"{url}: {_reason(text)}")
     if status[1] == "416":
