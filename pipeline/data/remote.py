@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import logging
 import os
 import platform
 import queue
@@ -30,6 +31,7 @@ from obstore.store import GCSStore, HTTPStore, S3Store
 from pipeline.data.shards import DataError
 
 T = TypeVar("T")
+_LOG = logging.getLogger(__name__)
 
 SCHEMES = ("http", "https", "s3", "gs")
 ELSEWHERE = "http(s)://, s3:// and gs:// are read; mount or copy what lies in any other store"
@@ -108,6 +110,12 @@ def pause(url: str, failures: int, wait: float) -> float:
     return float(min(wait * 2.0 ** min(failures - 1, 16), LONGEST_PAUSE) * (0.5 + 0.5 * jitter))
 
 
+def say_again(fault: Unavailable, failures: int, attempts: int, seconds: float) -> None:
+    """Say why nothing comes, once it is no glitch any more: on stderr where no logging is set up."""
+    if failures > 2:
+        _LOG.warning("%s (%d of %d attempts); again in %.0f s", fault, failures, attempts, seconds)
+
+
 @dataclass(frozen=True, slots=True)
 class Body:
     """A file on its way. size: of the whole file in bytes; tag: of its version, "" if the server gives none."""
@@ -149,6 +157,10 @@ class Remote:
     def read(self, name: str) -> bytes:
         """The whole of a small file: a manifest, an index."""
         return self._retried(name, lambda: bytes(obstore.get(self._store(), name).bytes()))
+
+    def read_range(self, name: str, start: int, length: int) -> bytes:
+        """Some bytes of a file. Raises RangeIgnored where the server sends whole files only."""
+        return self._retried(name, lambda: bytes(obstore.get_range(self._store(), name, start=start, length=length)))
 
     def read_if_there(self, name: str) -> bytes | None:
         """The same, or None for a 404."""
@@ -224,6 +236,7 @@ class Remote:
             if failures >= self.attempts or unreached >= self.contacts:
                 raise DataError(f"{fault} ({failures} attempts in all); check the server and the network, then go on")
             seconds = pause(url, failures, self.wait)
+            say_again(fault, failures, self.attempts, seconds)
             if stop is None:
                 time.sleep(seconds)
             elif stop.wait(seconds):
