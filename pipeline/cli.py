@@ -191,6 +191,7 @@ def settle(config: Config) -> tuple[Config, Dataset]:
     from pipeline.config import ConfigError, completed
     from pipeline.data.dataset import Location
     from pipeline.data.preparation import ready_data
+    from pipeline.data.read_ahead import check_room
     from pipeline.data.shards import MANIFEST, DataError, difference, read_manifest
 
     data = config.data
@@ -211,6 +212,8 @@ def settle(config: Config) -> tuple[Config, Dataset]:
             f"data.global_batch_size = {data.global_batch_size} exceeds the {manifest.count('train')} training images; "
             "lower it"
         )
+    if dataset.cache is not None:
+        check_room(dataset.cache.limit, manifest.splits["train"], data.window)
     classes = data.num_classes or len(manifest.classes)
     for split in ("train", "val"):  # labels within the classes
         dataset.split(split, classes)

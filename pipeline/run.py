@@ -351,6 +351,10 @@ def _announce(run: Assembly, start: Path | None, console: Console) -> None:
                       f"micro-batch, {micro} images over all ranks", highlight=False, soft_wrap=True)  # fmt: skip
     if start:
         console.print(f"going on from {start}", highlight=False, soft_wrap=True)
+    for line in run.data.dataset.streaming(config.data.window):
+        console.print(line, highlight=False, soft_wrap=True)
+    if loader.read_ahead is not None:
+        loader.read_ahead.say = partial(console.print, highlight=False, soft_wrap=True)
 
 
 def micro_batch_images(config: Config, world: int) -> int:

@@ -92,6 +92,28 @@ class Dataset:
         except OSError as error:
             raise DataError(f"{self.path(entry)}: {error.strerror}; it was there at the start") from None
 
+    def streaming(self, window: int) -> list[str]:
+        """For whom it may concern at the start: where remote shards come from, and go to. window: 0 = all."""
+        if self.cache is None:
+            return []
+        cache, train = self.cache, self.manifest.splits["train"]
+        entries = [entry for entries in self.manifest.splits.values() for entry in entries]
+        total = sum(entry.bytes for entry in entries)
+        here = sum(e.bytes for e in entries if cache.use(e.shard, size=e.bytes, sha256=e.sha256))
+        bound = f"{cache.limit / 1e9:.3g} GB at most" if cache.limit else "all of them"
+        lines = [
+            f"streaming {self.location.root}: {len(entries)} shards, {total / 1e9:.3g} GB, {here / 1e9:.3g} GB of it "
+            f"here already; {cache.directory} keeps {bound}"
+        ]
+        if here < total and not 0 < window < len(train):
+            lines.append(f"data.window = {window} shuffles over all {len(train)} training shards: the first step waits "
+                         "for most of them; a smaller one, in a new run, for as many as it says")  # fmt: skip
+        coming = min(total - here, max(0, cache.limit - cache.used())) if cache.limit else total - here
+        if coming > (free := cache.free()):
+            lines.append(f"{cache.directory} has {free / 1e9:.3g} GB free, and {coming / 1e9:.3g} GB are to come; give "
+                         "another directory, data.cache, or a limit, data.cache_gb with data.window")  # fmt: skip
+        return lines
+
     def check_shards(self) -> None:
         """Raises DataError for a local shard that is missing or of another size than the manifest says."""
         if self.cache is not None:
