@@ -198,7 +198,7 @@ def _dataset(options: argparse.Namespace, **how: Any) -> Dataset:
 
     cache_bytes = int(options.cache_gb * 1e9)
     location = Location(options.root, options.train or "", options.val or "", options.cache or "", cache_bytes)
-    return open_dataset(location, workers=getattr(options, "workers", 1), **how)
+    return open_dataset(location, workers=getattr(options, "workers", 1), patient=False, **how)
 
 
 def bench_epochs(options: argparse.Namespace) -> int:
@@ -260,13 +260,15 @@ def settle(config: Config) -> tuple[Config, Dataset]:
     from pipeline.config import ConfigError, completed
     from pipeline.data.dataset import Location
     from pipeline.data.preparation import ready_data
+    from pipeline.data.read_ahead import check_room
     from pipeline.data.shards import MANIFEST, DataError, difference, read_manifest
 
     data = config.data
     with _progress("indexing", "shards") as progress:
         dataset = ready_data(
-            Location(*data.location), source=data.source, workers=os.cpu_count() or 1, progress=progress
-        )
+            Location(*data.location), source=data.source, workers=os.cpu_count() or 1, progress=progress,
+            patient=bool(data.digest),  # a run that has begun waits for its server; who has mistyped a host does not
+        )  # fmt: skip
     manifest = dataset.manifest
     if data.digest and data.digest != manifest.digest:
         known = (config.directory / MANIFEST).is_file()
@@ -279,6 +281,8 @@ def settle(config: Config) -> tuple[Config, Dataset]:
             f"data.global_batch_size = {data.global_batch_size} exceeds the {manifest.count('train')} training images; "
             "lower it"
         )
+    if dataset.cache is not None:
+        check_room(dataset.cache.limit, manifest.splits["train"], data.window)
     classes = data.num_classes or len(manifest.classes)
     for split in ("train", "val"):  # labels within the classes
         dataset.split(split, classes)
@@ -432,11 +436,10 @@ def _code_of(error: Exception) -> int | None:
 
 
 def _line_of(error: Exception) -> str:
-    """The message itself: a data worker's comes wrapped in its traceback."""
+    """The message itself."""
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
-    text = str(error).strip()
-    return text.rpartition("DataError: ")[2] if "Original Traceback" in text else text
+    return str(error).strip()
 
 
 def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -93,7 +93,7 @@ class DataConfig:
     @property
     def location(self) -> tuple[str, str, str, str, int]:
         """Where the data set lies: root, train, val, cache, and the cache's limit in bytes."""
-        return self.root, self.train, self.val, self.cache, int(self.cache_gb * 1e9)
+        return self.root, self.train, self.val, self.cache, round(self.cache_gb * 1e9)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,7 +224,9 @@ def compose_config(overrides: Sequence[str]) -> Config:
         del composed["hydra"]
         content = cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True))
     except OverrideParseException as error:
-        raise ConfigError(f"{error.override!r} cannot be read; put quotes around the value: key='\"value\"'") from None
+        key, _, value = str(error.override).partition("=")
+        shown = f"the value of {key}" if "://" in value else repr(error.override)  # a URL may hold a secret
+        raise ConfigError(f"{shown} cannot be read; put quotes around the value: key='\"value\"'") from None
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_first_line(error)) from None
     content["run"].update({axis: str(choices[axis]) for axis in AXES})

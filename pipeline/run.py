@@ -380,6 +380,10 @@ def _announce(run: Assembly, start: Path | None, console: Console) -> None:
                       f"micro-batch, {micro} images over all ranks", highlight=False, soft_wrap=True)  # fmt: skip
     if start:
         console.print(f"going on from {start}", highlight=False, soft_wrap=True)
+    for line in run.data.dataset.streaming(config.data.window):
+        console.print(line, highlight=False, soft_wrap=True)
+    if loader.read_ahead is not None:
+        loader.read_ahead.say = partial(console.print, highlight=False, soft_wrap=True)
 
 
 def _mixing(order: Order, label_S: NDArray[np.int32], batch_size: int) -> str:

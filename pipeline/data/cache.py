@@ -16,6 +16,7 @@ import fcntl
 import hashlib
 import os
 import re
+import shutil
 import threading
 import time
 from collections import deque
@@ -23,9 +24,9 @@ from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
-from pipeline.data.remote import CHUNK, RangeIgnored, Remote, Stopped, Unavailable, pause
+from pipeline.data.remote import CHUNK, RangeIgnored, Remote, Stopped, Unavailable, pause, say_again
 from pipeline.data.shards import DataError
 
 SHARD = re.compile(r"[0-9a-f]{16}-[0-9a-f]{16}-.+")
@@ -97,6 +98,29 @@ class ShardCache:
             f"{self.remote.url(name)}: evicted {self.attempts} times before it could be opened; the limit of "
             f"{self.limit} bytes holds fewer shards than are read at once: raise it"
         )
+
+    def use(self, name: str, *, size: int | None = None, sha256: str = "") -> bool:
+        """Count a shard as used now, if it is there."""
+        return self._present(name, size, sha256) is not None
+
+    def used(self) -> int:
+        """Bytes of shards in the directory, of this remote and of others."""
+        total = 0
+        for path in self.directory.glob("*"):
+            with suppress(FileNotFoundError):
+                total += path.stat().st_size if SHARD.fullmatch(path.name) else 0
+        return total
+
+    def free(self) -> int:
+        """Bytes left where the directory lies, or will lie."""
+        there = next(path for path in (self.directory.absolute(), *self.directory.absolute().parents) if path.exists())
+        return shutil.disk_usage(there).free
+
+    def forget(self, name: str) -> None:
+        """Remove what the cache holds of a shard, so that it is downloaded anew."""
+        with self._holding(self._named(name, "lock")):
+            for path in self.directory.glob(f"{self._key(name)}-*"):
+                path.unlink(missing_ok=True)
 
     def _named(self, name: str, kind: str) -> Path:
         return self.directory / f"{self._key(name)}.{kind}"
@@ -204,7 +228,9 @@ class ShardCache:
                         f"{fault} ({failures} attempts in a row, at byte {part.length} of {total}); check the server "
                         "and the network: what came is kept, and the next attempt goes on from there"
                     ) from None
-                if stop.wait(pause(url, failures, self.wait)):
+                seconds = pause(url, failures, self.wait)
+                say_again(fault, failures, self.attempts, seconds)
+                if stop.wait(seconds):
                     raise Stopped from None
             else:
                 content = part.sha256()
@@ -213,7 +239,7 @@ class ShardCache:
                 if restarted or not part.joined:
                     raise Different(
                         f"{url}: content differs from the manifest (sha256 {content[:16]}, not {sha256[:16]}); bring "
-                        "the file back, or write the manifest again"
+                        "the file back, or write the manifest again (of tars of others: `pipeline shards index`)"
                     )
                 restarted = True
                 part.restart()
@@ -225,7 +251,7 @@ class ShardCache:
             if body.size != total:
                 raise Different(
                     f"{url}: its length of {body.size} bytes differs from the {total} expected; bring the file back, "
-                    "or write the manifest again"
+                    "or write the manifest again (of tars of others: `pipeline shards index`)"
                 )
             if part.length and not hashed and (body.tag != part.tag or not body.tag):
                 raise RangeIgnored(f"{url}: nothing says that it still is the same file")
@@ -337,10 +363,20 @@ class _Partial:
         self._hash.update(chunk)
 
 
+class Wanted(NamedTuple):
+    """A shard that a consumer needs, now or soon. number: in the order of its needs."""
+
+    number: int
+    name: str
+    size: int | None
+    sha256: str
+
+
 class Prefetch:
     """A thread that brings shards into the cache before they are needed, at most `ahead` beyond the consumer.
 
-    It takes at most half of the cache's limit, so as not to evict what is being read. Several ranks of a node may
+    With what the consumer needs now it takes at most the cache's limit, and what it has brought counts as used until
+    the consumer is past it: what is evicted for a shard is none that is still to be read. Several ranks of a node may
     prefetch the same shards: what one downloads the others pass over. A shard that could not be had is kept in
     `errors` and left to the consumer's own fetch, which tries again and raises. A copy in another process rests.
     """
@@ -378,14 +414,16 @@ class Prefetch:
         return _resting, (self.cache, self.ahead)
 
     def _run(self, shards: Iterable[tuple[str, int | None, str]]) -> None:
-        window: deque[tuple[int, int]] = deque()  # number and size of what is ahead
+        window: deque[Wanted] = deque()
         try:
             for number, (name, size, sha256) in enumerate(shards):
-                if not self._due(number, size or 0, window):
+                if not self._due(Wanted(number, name, size, sha256), window):
                     return
                 if number < self._position:
                     continue
                 try:
+                    for wanted in window:
+                        self.cache.use(wanted.name, size=wanted.size, sha256=wanted.sha256)
                     self.cache.fetch_if_idle(name, size=size, sha256=sha256, stop=self._ended)
                 except Stopped:
                     return
@@ -394,15 +432,17 @@ class Prefetch:
         except Exception as error:  # of the order itself
             self.errors.append(error)
 
-    def _due(self, number: int, size: int, window: deque[tuple[int, int]]) -> bool:
-        """Wait for the consumer to come close enough; False once closed."""
+    def _due(self, next_one: Wanted, window: deque[Wanted]) -> bool:
+        """Wait for the consumer to come close enough; False once closed. window: what is wanted by now."""
+        number = next_one.number
         with self._moved:
             while not self._ended.is_set():
-                while window and window[0][0] < self._position:
+                while window and window[0].number < self._position:
                     window.popleft()
-                room = not self.cache.limit or sum(s for _, s in window) + size <= self.cache.limit // 2
+                total = sum(wanted.size or 0 for wanted in (*window, next_one))
+                room = not self.cache.limit or total <= self.cache.limit
                 if number <= self._position + self.ahead and (room or number <= self._position):
-                    window.append((number, size))
+                    window.append(next_one)
                     return True
                 self._moved.wait()
         return False

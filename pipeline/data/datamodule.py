@@ -65,5 +65,9 @@ class ImageData(lightning.LightningDataModule):
     def train_dataloader(self) -> TrainLoader:
         return self.train_loader
 
+    def teardown(self, stage: str) -> None:
+        if self.train_loader.read_ahead is not None:
+            self.train_loader.read_ahead.close()
+
     def val_dataloader(self) -> EvaluationLoader:
         return self.val_loader

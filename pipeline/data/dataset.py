@@ -28,12 +28,14 @@ from pipeline.data.shards import (
     Manifest,
     ShardEntry,
     file_sha256,
+    parse_manifest,
     read_manifest,
     write_atomically,
 )
 from pipeline.data.split import Split, open_split, table_path
 
 _BESIDE = ".pipeline"
+_CONTACTS = 3  # tries within two seconds, for a host that somebody has just typed
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +51,7 @@ class Location:
     @property
     def cache_directory(self) -> Path:
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        return Path(self.cache) if self.cache else home / "pipeline"
+        return Path(self.cache).expanduser() if self.cache else home / "pipeline"
 
     @property
     def is_remote(self) -> bool:
@@ -90,6 +92,28 @@ class Dataset:
         except OSError as error:
             raise DataError(f"{self.path(entry)}: {error.strerror}; it was there at the start") from None
 
+    def streaming(self, window: int) -> list[str]:
+        """For whom it may concern at the start: where remote shards come from, and go to. window: 0 = all."""
+        if self.cache is None:
+            return []
+        cache, train = self.cache, self.manifest.splits["train"]
+        entries = [entry for entries in self.manifest.splits.values() for entry in entries]
+        total = sum(entry.bytes for entry in entries)
+        here = sum(e.bytes for e in entries if cache.use(e.shard, size=e.bytes, sha256=e.sha256))
+        bound = f"{cache.limit / 1e9:.3g} GB at most" if cache.limit else "all of them"
+        lines = [
+            f"streaming {self.location.root}: {len(entries)} shards, {total / 1e9:.3g} GB, {here / 1e9:.3g} GB of it "
+            f"here already; {cache.directory} keeps {bound}"
+        ]
+        if here < total and not 0 < window < len(train):
+            lines.append(f"data.window = {window} shuffles over all {len(train)} training shards: the first step waits "
+                         "for most of them; a smaller one, in a new run, for as many as it says")  # fmt: skip
+        coming = min(total - here, max(0, cache.limit - cache.used())) if cache.limit else total - here
+        if coming > (free := cache.free()):
+            lines.append(f"{cache.directory} has {free / 1e9:.3g} GB free, and {coming / 1e9:.3g} GB are to come; give "
+                         "another directory, data.cache, or a limit, data.cache_gb with data.window")  # fmt: skip
+        return lines
+
     def check_shards(self) -> None:
         """Raises DataError for a local shard that is missing, not indexed, or of another size than it was."""
         if self.cache is not None:
@@ -127,16 +151,18 @@ def open_dataset(
     *,
     workers: int = 1,
     again: bool = False,
+    patient: bool = True,
     progress: Progress = lambda done, total: None,
     say: Callable[[str], None] = print,
 ) -> Dataset:
     """The data set at a location; indexed, or its manifest fetched, where that is still to be done. Raises DataError.
 
-    again: index foreign shards anew. Of several processes that come at once, one indexes and the others wait.
+    again: index foreign shards anew. patient: try a host at which nobody answers for a minute, not for two seconds.
+    Of several processes that come at once, one indexes and the others wait.
     """
     check_location(location.root)
     if location.is_remote:
-        return _open_remote(location, workers, again, progress, say)
+        return _open_remote(location, workers, again, patient, progress, say)
     root = Path(location.root)
     if (root / MANIFEST).exists() and not (location.train or location.val):
         return Dataset(location, root, read_manifest(root))
@@ -148,9 +174,9 @@ def open_dataset(
     with _alone(directory):
         if again or not (directory / MANIFEST).exists():
             splits, stated = _found(location)
-            fetch = partial(_local, str(root))
+            read = partial(_local, str(root))
             jobs = [
-                IndexJob(split, shard, _mark(directory, shard), fetch, root / shard)
+                IndexJob(split, shard, _mark(directory, shard), read, root / shard)
                 for split, shards in splits.items() for shard in shards
             ]  # fmt: skip
             _index(jobs, directory, again, stated, workers, progress, say, str(root))
@@ -158,36 +184,52 @@ def open_dataset(
 
 
 def _open_remote(
-    location: Location, workers: int, again: bool, progress: Progress, say: Callable[[str], None]
+    location: Location, workers: int, again: bool, patient: bool, progress: Progress, say: Callable[[str], None]
 ) -> Dataset:
-    remote = Remote(location.root.rstrip("/"))
+    root = location.root.rstrip("/")
+    remote = Remote(root) if patient else Remote(root, contacts=_CONTACTS)
     directory = location.cache_directory / "indexes" / location.name
-    cache = ShardCache(remote, location.cache_directory / "shards", limit=location.cache_bytes)
+    cache = ShardCache(Remote(root), location.cache_directory / "shards", limit=location.cache_bytes)
+    published = not (location.train or location.val)
     with _alone(directory):
-        if not (location.train or location.val) and remote.exists(MANIFEST):
-            return Dataset(location, directory, _fetched_manifest(remote, directory), cache)
+        content = remote.read_if_there(MANIFEST) if published else None
+        if content is not None:
+            manifest, directory = _fetched_tables(remote, content, directory)
+            return Dataset(location, directory, manifest, cache)
         if again or not (directory / MANIFEST).exists():
-            info = remote.read(INFO) if not (location.train or location.val) and remote.exists(INFO) else None
+            info = remote.read_if_there(INFO) if published else None
+            if published and info is None and not remote.has_listing:
+                raise DataError(
+                    f"{root} holds neither {MANIFEST} nor {INFO}, and HTTP has no listing; check the URL, or give "
+                    "data.train and data.val as brace patterns of its shards"
+                )
             listed = remote.names if info is None else list  # what _info.json names need not be listed
-            splits, stated = find_shards(listed, location.root, train=location.train, val=location.val, info=info)
-            fetch = partial(_fetched, cache)
+            splits, stated = find_shards(listed, root, train=location.train, val=location.val, info=info)
             jobs = [
-                IndexJob(split, shard, _mark(directory, shard), fetch, None)
+                IndexJob(split, shard, _mark(directory, shard), cache.open, None)
                 for split, shards in splits.items() for shard in shards
             ]  # fmt: skip
-            _index(jobs, directory, again, stated, workers, progress, say, location.root)
+            if again and (directory / MANIFEST).exists():
+                for job in jobs:
+                    cache.forget(job.shard)  # no hash would tell that the server has another by now
+            _index(jobs, directory, again, stated, workers, progress, say, root)
     return Dataset(location, directory, read_manifest(directory), cache)
 
 
-def _fetched_manifest(remote: Remote, directory: Path) -> Manifest:
-    """The manifest that the publisher gives, and its tables, as far as they are not here already."""
-    write_atomically(directory / MANIFEST, remote.read(MANIFEST))
-    manifest = read_manifest(directory)
+def _fetched_tables(remote: Remote, content: bytes, directory: Path) -> tuple[Manifest, Path]:
+    """The manifest that the publisher gives, and where it lies with its tables, fetched as far as they are missing.
+
+    Each version has a directory of its own: a run that began with the one before maps its tables still.
+    """
+    manifest = parse_manifest(content, remote.url(MANIFEST))
+    directory = directory / hashlib.sha256(content).hexdigest()[:16]
+    directory.mkdir(exist_ok=True)
     for split, sha256 in manifest.samples.items():
         path = table_path(directory, split)
         if not path.exists() or file_sha256(path) != sha256:
-            write_atomically(path, remote.read(path.name))
-    return manifest
+            ShardCache(remote, directory).fetch(path.name, sha256=sha256).replace(path)
+    write_atomically(directory / MANIFEST, content)
+    return manifest, directory
 
 
 def _index(
@@ -201,7 +243,7 @@ def _index(
     where: str,
 ) -> None:
     say(f"indexing {len(jobs)} shards of {where} into {directory}, once")
-    if again:
+    if again and (directory / MANIFEST).exists():  # else it goes on where it was stopped
         shutil.rmtree(directory / "marks", ignore_errors=True)
     index_dataset(jobs, directory, stated=stated, workers=workers, progress=progress, say=say)
     shutil.rmtree(directory / "marks", ignore_errors=True)
@@ -227,15 +269,11 @@ def _mark(directory: Path, shard: str) -> Path:
     return directory / "marks" / shard.replace("/", "__")
 
 
-def _local(root: str, shard: str) -> Path:
+def _local(root: str, shard: str) -> BinaryIO:
     path = Path(root) / shard
     if not path.is_file():
         raise DataError(f"{path} does not exist; bring the shard, or leave it out of the pattern")
-    return path
-
-
-def _fetched(cache: ShardCache, shard: str) -> Path:
-    return cache.fetch(shard, size=None)
+    return path.open("rb")
 
 
 def _files(root: Path) -> list[str]:

@@ -41,7 +41,7 @@ def describe(dataset: Dataset) -> dict[str, SplitFacts]:
 def contact_sheet(dataset: Dataset, split_name: str, columns: int = 10, rows: int = 6, cell: int = 96) -> Image.Image:
     """Columns x rows images, of as many classes as fit, each with its label. Damaged ones are crossed out."""
     split = dataset.split(split_name)
-    stream, caption = ShardStream(dataset, split), 14
+    stream, caption = ShardStream(dataset, split, whole=False), 14
     sheet = Image.new("RGB", (columns * cell, rows * (cell + caption)), "white")
     draw = ImageDraw.Draw(sheet)
     for place, sample in enumerate(_spread(split, columns * rows)):
@@ -62,7 +62,7 @@ def contact_sheet(dataset: Dataset, split_name: str, columns: int = 10, rows: in
 
 def _facts(dataset: Dataset, split: Split) -> SplitFacts:
     per_class = np.bincount(split.label_S, minlength=len(dataset.manifest.classes))
-    stream = ShardStream(dataset, split)
+    stream = ShardStream(dataset, split, whole=False)
     sides = []
     for sample in permutation(len(split), key=0)[:256]:
         try:

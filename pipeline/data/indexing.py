@@ -7,13 +7,14 @@ or as "label" in `json`. Offsets that DALI or Energon noted beside a shard must 
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, BinaryIO
 
 from pipeline.data.discovery import INFO
 from pipeline.data.pool import completed
@@ -23,10 +24,10 @@ from pipeline.data.shards import (
     Index,
     Manifest,
     ShardEntry,
-    file_sha256,
     index_path,
     payload_digest,
     read_index,
+    whole_sha256,
     write_atomically,
     write_index,
     write_manifest,
@@ -40,35 +41,34 @@ _WNID = re.compile(r"(?:^|/)(n\d{8})[_/.]")
 _ILSVRC = {"train": 1_281_167, "val": 50_000}
 
 
-def index_shard(path: Path, name: str, plan: str = "") -> tuple[Index, str]:
+def index_shard(file: BinaryIO, name: str, plan: str = "") -> tuple[Index, str]:
     """The index of a tar on disk and the text of its DALI index. name: what messages call it. Raises DataError."""
-    index = Index(name, 0, path.stat().st_size, "", plan, [], [], [], [], [], {})
+    index = Index(name, 0, os.fstat(file.fileno()).st_size, "", plan, [], [], [], [], [], {})
     listed: list[list[Member]] = []
     seen: set[str] = set()
-    with path.open("rb") as file:
-        for key, sample in groupby(members(file, name), key=lambda m: (m.key_and_suffix or (None, ""))[0]):
-            if key is None:
-                continue  # a file without a suffix belongs to no sample: a README, say
-            if key in seen:
-                raise DataError(f"{name}: members of {key} do not lie side by side; write the shard again, one "
-                                "sample after another")  # fmt: skip
-            seen.add(key)
-            content = list(sample)
-            image, label, identity = _image(content, key, name), *_label(file, content, key, name)
-            file.seek(image.offset)
-            index.key.append(key)
-            index.label.append(label)
-            index.offset.append(image.offset)
-            index.length.append(image.size)
-            index.digest.append(payload_digest(file.read(image.size)))
-            listed.append(content)
-            if identity and index.classes.setdefault(str(label), identity) != identity:
-                raise DataError(f"{name}: label {label} of {key} stands for {identity} and for "
-                                f"{index.classes[str(label)]}; one label is one class")  # fmt: skip
+    for key, sample in groupby(members(file, name), key=lambda m: (m.key_and_suffix or (None, ""))[0]):
+        if key is None:
+            continue  # a file without a suffix belongs to no sample: a README, say
+        if key in seen:
+            raise DataError(f"{name}: members of {key} do not lie side by side; write the shard again, one "
+                            "sample after another")  # fmt: skip
+        seen.add(key)
+        content = list(sample)
+        image, label, identity = _image(content, key, name), *_label(file, content, key, name)
+        file.seek(image.offset)
+        index.key.append(key)
+        index.label.append(label)
+        index.offset.append(image.offset)
+        index.length.append(image.size)
+        index.digest.append(payload_digest(file.read(image.size)))
+        listed.append(content)
+        if identity and index.classes.setdefault(str(label), identity) != identity:
+            raise DataError(f"{name}: label {label} of {key} stands for {identity} and for "
+                            f"{index.classes[str(label)]}; one label is one class")  # fmt: skip
     if not index.key:
         raise DataError(f"{name} holds no image; remove it, or write it again")
     facts = {field: getattr(index, field) for field in index.__slots__}
-    return Index(**{**facts, "count": len(index.key), "sha256": file_sha256(path)}), dali_index(listed)
+    return Index(**{**facts, "count": len(index.key), "sha256": whole_sha256(file)}), dali_index(listed)
 
 
 def _image(sample: list[Member], key: str, where: str) -> Member:
@@ -117,12 +117,12 @@ class IndexJob:
     split: str
     shard: str
     mark: Path
-    fetch: Callable[[str], Path]
+    open: Callable[[str], BinaryIO]
     beside: Path | None
 
     def __call__(self) -> int:
-        path = self.fetch(self.shard)
-        index, offsets = index_shard(path, self.shard)
+        with self.open(self.shard) as file:
+            index, offsets = index_shard(file, self.shard)
         if self.beside is not None:
             _check_notes(self.beside, offsets)
             _write_offsets(self.beside.with_suffix(".idx"), offsets)

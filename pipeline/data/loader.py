@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import multiprocessing
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -163,12 +163,12 @@ class Workers:
         if self._busy:  # one iteration inside another: it gets processes of its own
             places = Places()
             places.epoch, places.numbers = epoch, numbers
-            yield from self._new(places, keep=False)
+            yield from _in_one_line(self._new(places, keep=False))
             return
         self._places.epoch, self._places.numbers = epoch, numbers
         self._busy = True
         try:
-            yield from self._loader
+            yield from _in_one_line(self._loader)
         finally:
             self._busy = False
 
@@ -271,6 +271,17 @@ class EvaluationLoader:
         for batch, faults in self.workers.load(None, range(len(self))):
             self.faults += faults
             yield batch
+
+
+def _in_one_line(items: Iterable[Item]) -> Iterator[Item]:
+    """The same items. A DataError of a worker comes without the traceback in which torch has wrapped its message."""
+    try:
+        yield from items
+    except DataError as error:
+        first, found, trace = str(error).partition("Original Traceback")
+        if not found:
+            raise
+        raise DataError(trace.rstrip().rpartition("\n")[2].partition(": ")[2] or first) from None
 
 
 def _leave_signals(worker: int) -> None:

@@ -17,18 +17,19 @@ def ready_data(
     *,
     source: str = "",
     workers: int = 1,
+    patient: bool = True,
     progress: Progress = lambda done, total: None,
     say: Callable[[str], None] = print,
 ) -> Dataset:
     """The data set at a location, with training and validation images; packed from source if absent.
 
-    source: what to pack on first use ("" = nothing). Raises DataError.
+    source: what to pack on first use ("" = nothing). patient: see open_dataset. Raises DataError.
     """
     root = Path(location.root)
     if source and not location.is_remote and not root.exists():
         say(f"packing {source} into {root}")
         _pack(source, root)
-    dataset = open_dataset(location, workers=workers, progress=progress, say=say)
+    dataset = open_dataset(location, workers=workers, patient=patient, progress=progress, say=say)
     for split in ("train", "val"):
         if not dataset.manifest.splits.get(split):
             raise DataError(

@@ -2,56 +2,93 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
 
 from pipeline.data.cache import Prefetch, ShardCache
 from pipeline.data.order import Order
-from pipeline.data.shards import DataError
+from pipeline.data.shards import DataError, ShardEntry
 from pipeline.data.split import Split
+
+_REPORT_SECONDS = 10.0
+
+
+def check_room(limit: int, entries: Sequence[ShardEntry], window: int) -> None:
+    """Raises DataError where a cache of so many bytes cannot hold two windows. limit: 0 = none; window: 0 = all."""
+    sizes = sorted((entry.bytes for entry in entries), reverse=True)
+    window = min(window, len(sizes)) or len(sizes)
+    needed = sum(sizes[: 2 * window])
+    if limit and needed > limit:
+        fitting = max((w for w in range(1, len(sizes)) if sum(sizes[: 2 * w]) <= limit), default=0)
+        rule = f"data.window={fitting}" if fitting else f"data.window=1 with data.cache_gb={_gb(sum(sizes[:2]))}"
+        raise DataError(
+            f"data.cache_gb = {limit / 1e9:g} is less than two windows of shards, {_gb(needed)} (a window is {window} "
+            f"of {len(sizes)} shards): each would be fetched again and again; set data.cache_gb={_gb(needed)} or, in a "
+            f"new run, {rule}"
+        )
 
 
 class ReadAhead:
-    """Follows one loader through the epochs. Raises DataError where the cache cannot hold two windows."""
+    """Follows one loader through the epochs. say: told how the first window comes. Raises DataError: check_room."""
 
     def __init__(self, cache: ShardCache, split: Split, order: Order):
         self.cache, self.split, self.order = cache, split, order
+        self.say: Callable[[str], None] = lambda text: None
+        check_room(cache.limit, split.entries, order.window)
         self._prefetch: Prefetch | None = None
         self._start = (0, 0)  # epoch, window
-        sizes = sorted((entry.bytes for entry in split.entries), reverse=True)
-        needed = sum(sizes[: 2 * order.window])
-        if cache.limit and needed > cache.limit:
-            fitting = max((w for w in range(1, len(sizes)) if sum(sizes[: 2 * w]) <= cache.limit), default=0)
-            rule = (
-                f"data.window={fitting}" if fitting else f"data.cache_gb={sum(sizes[:2]) / 1e9:.3g} and data.window=1"
-            )
-            raise DataError(
-                f"data.cache_gb = {cache.limit / 1e9:g} is less than two windows of shards, {needed / 1e9:.3g} (a "
-                f"window is {order.window} of {len(sizes)} shards): each would be fetched again and again; set {rule}"
-            )
+        self._reached = 0  # shards from there
 
     def begin(self, epoch: int, index: int) -> None:
-        """The loader starts, or starts again, at a place."""
-        self.close()
-        self._start = (epoch, self.order.window_of(epoch, index))
-        self._prefetch = Prefetch(self.cache, self._shards(), ahead=2 * self.order.window)
+        """The loader starts, or starts again, at a place. Where that lies ahead, what is under way goes on."""
+        place = (epoch, self.order.window_of(epoch, index))
+        if self._prefetch is None or self._passed(*place) < self._reached:
+            self.close()
+            self._start = place
+            self._prefetch = Prefetch(self.cache, self._shards(*place), ahead=2 * self.order.window - 1)
+        self.at(epoch, index)
 
     def at(self, epoch: int, index: int) -> None:
         """The loader has come to a place."""
         if self._prefetch is not None:
-            shards = len(self.split.entries)
-            first_epoch, first_window = self._start
-            passed = (epoch - first_epoch) * shards + self.order.window_of(epoch, index) * self.order.window
-            self._prefetch.advance(passed - first_window * self.order.window)
+            self._reached = self._passed(epoch, self.order.window_of(epoch, index))
+            self._prefetch.advance(self._reached)
 
     def close(self) -> None:
+        """Stop; `begin` begins again."""
         if self._prefetch is not None:
             self._prefetch.close()
             self._prefetch = None
+        self._reached = 0
 
-    def _shards(self) -> Iterator[tuple[str, int | None, str]]:
-        epoch, window = self._start
+    def _passed(self, epoch: int, window: int) -> int:
+        """Shards between the start and a window."""
+        windows = window - self._start[1]
+        return (epoch - self._start[0]) * len(self.split.entries) + windows * self.order.window
+
+    def _shards(self, epoch: int, window: int) -> Iterator[tuple[str, int | None, str]]:
+        """Shards from a window on, without end, in the thread that fetches them: asked for the next, it has had one."""
+        order = Order(self.split.shard_counts, seed=self.order.seed, window=self.order.window)  # keeps its own epoch
+        entries = [self.split.entries[shard] for shard in order.shards_from(epoch, window)]
+        told = time.monotonic()
+        for number, entry in enumerate(entries[: order.window]):
+            if time.monotonic() - told > _REPORT_SECONDS:
+                told = time.monotonic()
+                total, done = (sum(e.bytes for e in entries[:n]) / 1e9 for n in (order.window, number))
+                self.say(f"fetching the first window: {number} of {len(entries[: order.window])} shards, {done:.3g} of "
+                         f"{total:.3g} GB")  # fmt: skip
+            yield entry.shard, entry.bytes, entry.sha256
+        for entry in entries[order.window :]:
+            yield entry.shard, entry.bytes, entry.sha256
         while True:
-            for shard in self.order.shards_from(epoch, window):
+            epoch += 1
+            for shard in order.shards_from(epoch, 0):
                 entry = self.split.entries[shard]
                 yield entry.shard, entry.bytes, entry.sha256
-            epoch, window = epoch + 1, 0
+
+
+def _gb(size: int) -> str:
+    """Bytes in 1e9, rounded up, so that as much is enough."""
+    digits = 10.0 ** (math.floor(math.log10(max(size, 1))) - 2)
+    return f"{math.ceil(size / digits) * digits / 1e9:.10g}"

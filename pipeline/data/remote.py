@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import logging
 import os
 import platform
 import queue
@@ -30,6 +31,7 @@ from obstore.store import GCSStore, HTTPStore, S3Store
 from pipeline.data.shards import DataError
 
 T = TypeVar("T")
+_LOG = logging.getLogger(__name__)
 
 SCHEMES = ("http", "https", "s3", "gs")
 ELSEWHERE = "http(s)://, s3:// and gs:// are read; mount or copy what lies in any other store"
@@ -47,6 +49,10 @@ LONGEST_PAUSE = 30.0  # seconds between two attempts
 
 class Unavailable(DataError):
     """A fault that may pass: worth another attempt."""
+
+
+class Unreached(Unavailable):
+    """Nobody answers at that host and port."""
 
 
 class RangeIgnored(DataError):
@@ -104,6 +110,12 @@ def pause(url: str, failures: int, wait: float) -> float:
     return float(min(wait * 2.0 ** min(failures - 1, 16), LONGEST_PAUSE) * (0.5 + 0.5 * jitter))
 
 
+def say_again(fault: Unavailable, failures: int, attempts: int, seconds: float) -> None:
+    """Say why nothing comes, once it is no glitch any more: on stderr where no logging is set up."""
+    if failures > 2:
+        _LOG.warning("%s (%d of %d attempts); again in %.0f s", fault, failures, attempts, seconds)
+
+
 @dataclass(frozen=True, slots=True)
 class Body:
     """A file on its way. size: of the whole file in bytes; tag: of its version, "" if the server gives none."""
@@ -121,7 +133,8 @@ class Remote:
     """Files below a root. Holds no connection, so that it can be pickled; each process opens its own."""
 
     root: str
-    attempts: int = 8  # tries of size, read, names and exists
+    attempts: int = 8  # tries of size, read and names
+    contacts: int = 8  # of which so many may meet nobody: an unknown host, a port where none listens
     wait: float = 0.5  # seconds before the second of them, doubled with each
     timeout: float = 30.0  # seconds without a byte
 
@@ -141,20 +154,28 @@ class Remote:
         """Bytes of a file, as the server announces them."""
         return self._retried(name, lambda: obstore.head(self._store(), name)["size"], stop)
 
-    def exists(self, name: str) -> bool:
-        try:
-            self._retried(name, lambda: obstore.head(self._store(), name))
-        except NotFound:
-            return False
-        return True
-
     def read(self, name: str) -> bytes:
         """The whole of a small file: a manifest, an index."""
         return self._retried(name, lambda: bytes(obstore.get(self._store(), name).bytes()))
 
+    def read_range(self, name: str, start: int, length: int) -> bytes:
+        """Some bytes of a file. Raises RangeIgnored where the server sends whole files only."""
+        return self._retried(name, lambda: bytes(obstore.get_range(self._store(), name, start=start, length=length)))
+
+    def read_if_there(self, name: str) -> bytes | None:
+        """The same, or None for a 404."""
+        try:
+            return self.read(name)
+        except NotFound:
+            return None
+
+    @property
+    def has_listing(self) -> bool:
+        return _scheme(self.root) in ("s3", "gs")
+
     def names(self, prefix: str = "") -> list[str]:
         """All names below a folder, sorted. Raises DataError for http(s)."""
-        if _scheme(self.root) not in ("s3", "gs"):
+        if not self.has_listing:
             raise DataError(
                 f"{self.root}: HTTP has no listing; give data.train and data.val as brace patterns of its shards"
             )
@@ -202,7 +223,7 @@ class Remote:
 
     def _retried(self, name: str, ask: Callable[[], T], stop: threading.Event | None = None) -> T:
         url = self.url(name) if name else self.root
-        failures = 0
+        failures = unreached = 0
         while True:
             try:
                 return next(_apart(lambda: iter([ask()]), stop))
@@ -211,9 +232,11 @@ class Remote:
             failures += 1
             if not isinstance(fault, Unavailable):
                 raise fault
-            if failures >= self.attempts:
+            unreached += isinstance(fault, Unreached)
+            if failures >= self.attempts or unreached >= self.contacts:
                 raise DataError(f"{fault} ({failures} attempts in all); check the server and the network, then go on")
             seconds = pause(url, failures, self.wait)
+            say_again(fault, failures, self.attempts, seconds)
             if stop is None:
                 time.sleep(seconds)
             elif stop.wait(seconds):
@@ -283,6 +306,8 @@ def _fault(url: str, error: Exception) -> DataError:
         return DataError(f"{url}: the bucket lies in another region; set AWS_REGION to it")
     if "169.254.169.254" in text or "metadata.google" in text:  # where obstore looks when the environment has none
         return Unavailable(f"{url}: no credentials were found; {_access(_scheme(url))}")
+    if "ConnectError(" in text:
+        return Unreached(f"{url}: {_reason(text)}")
     if status is None:
         return Unavailable(f"{url}: {_reason(text)}")
     if status[1] == "416":

@@ -14,13 +14,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import xxhash
 
 MANIFEST = "dataset.json"
+_SPLIT = re.compile(r"[\w-]+")
 INDEX_FORMAT, MANIFEST_FORMAT = "pipeline-shard-index/2", "pipeline-dataset/2"
 
 
@@ -88,7 +90,13 @@ def payload_digest(payload: bytes) -> str:
 def file_sha256(path: Path) -> str:
     """Hash of a whole file, read in pieces."""
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return whole_sha256(file)
+
+
+def whole_sha256(file: BinaryIO) -> str:
+    """The same of an open file, from its first byte."""
+    file.seek(0)
+    return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]  # typeshed's BinaryIO: no readinto
 
 
 def index_path(shard: Path) -> Path:
@@ -137,17 +145,30 @@ def read_manifest(root: Path) -> Manifest:
     if not (root / MANIFEST).is_file():
         what = "does not exist" if not root.exists() else f"holds no {MANIFEST}"
         raise DataError(f"data.root = {root} {what}; make it with `pipeline shards write SOURCE {root}`")
-    content = _read_checked(root / MANIFEST, MANIFEST_FORMAT)
     try:
-        return Manifest(
+        content = (root / MANIFEST).read_bytes()
+    except OSError as error:
+        raise DataError(f"{root / MANIFEST}: {error.strerror}; write the shards again") from None
+    return parse_manifest(content, str(root / MANIFEST))
+
+
+def parse_manifest(raw: bytes, where: str) -> Manifest:
+    """A manifest from its bytes. where: what messages call it. Raises DataError."""
+    content = _checked(raw, where, MANIFEST_FORMAT)
+    try:
+        manifest = Manifest(
             classes=[ClassName(**c) for c in content["classes"]],
             splits={name: [ShardEntry(**e) for e in entries] for name, entries in content["splits"].items()},
             samples=content["samples"],
             plan=content["plan"],
             digest=content["digest"],
         )
+        named = [*manifest.splits, *manifest.samples]
     except (KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{root / MANIFEST}: not a manifest ({error}); write the shards again") from None
+        raise DataError(f"{where}: not a manifest ({error}); write the shards again") from None
+    if not all(_SPLIT.fullmatch(name) for name in named):  # a file is called after it, and it may come from anywhere
+        raise DataError(f"{where}: splits {sorted(set(named))}, of which one is no plain word; write the shards again")
+    return manifest
 
 
 def difference(before: Manifest, now: Manifest) -> str:
@@ -187,18 +208,24 @@ def _write_checked(path: Path, content: dict[str, Any]) -> None:
 
 
 def _read_checked(path: Path, expected_format: str) -> dict[str, Any]:
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}; write the shards again") from None
+    return _checked(raw, str(path), expected_format)
+
+
+def _checked(raw: bytes, where: str, expected_format: str) -> dict[str, Any]:
     known = True
     try:
-        content: dict[str, Any] = json.loads(path.read_bytes())
+        content: dict[str, Any] = json.loads(raw)
         checksum = content.pop("checksum")
         sound = checksum == _checksum(content)
         known = content.pop("format") == expected_format
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}; write the shards again") from None
     except (ValueError, KeyError, AttributeError, TypeError):
         sound = False
     if not sound:
-        raise DataError(f"{path}: damaged, its content does not fit its checksum; write the shards again") from None
+        raise DataError(f"{where}: damaged, its content does not fit its checksum; write the shards again") from None
     if not known:
-        raise DataError(f"{path}: not of format {expected_format}; write the shards again with this version") from None
+        raise DataError(f"{where}: not of format {expected_format}; write the shards again with this version") from None
     return content

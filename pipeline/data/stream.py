@@ -7,6 +7,7 @@ from collections import OrderedDict
 
 from pipeline.data.dataset import Dataset
 from pipeline.data.decode import DecodeError
+from pipeline.data.remote import RangeIgnored
 from pipeline.data.shards import payload_digest
 from pipeline.data.split import Split
 
@@ -14,19 +15,21 @@ from pipeline.data.split import Split
 class ShardStream:
     """Image bytes of one split by sample number. Opens a shard at its first read and keeps the last `keep` open.
 
-    A remote shard is fetched whole into the node's cache when its first sample is asked for. One that the cache has
-    evicted takes room on the disk for as long as it is open here.
+    A remote shard is fetched whole into the node's cache when its first sample is asked for; or, for a few samples of
+    many shards (whole = False), no more of it than their bytes. One that the cache has evicted takes room on the disk
+    for as long as it is open here.
     """
 
-    def __init__(self, dataset: Dataset, split: Split, keep: int = 64):
-        self.dataset, self.split, self.keep = dataset, split, keep
+    def __init__(self, dataset: Dataset, split: Split, *, keep: int = 64, whole: bool = True):
+        self.dataset, self.split, self.keep, self.whole = dataset, split, keep, whole
         self._files: OrderedDict[int, int] = OrderedDict()
 
     def read(self, sample: int) -> bytes:
         """Bytes of one image. Raises DecodeError if they are not what was indexed, DataError for a lost shard."""
-        length = int(self.split.length_S[sample])
+        length, offset = int(self.split.length_S[sample]), int(self.split.offset_S[sample])
+        shard = int(self.split.shard_S[sample])
         try:
-            payload = os.pread(self._file(int(self.split.shard_S[sample])), length, int(self.split.offset_S[sample]))
+            payload = self._range(shard, offset, length) or os.pread(self._file(shard), length, offset)
         except OSError as error:
             raise DecodeError(f"cannot be read: {error.strerror}") from None
         if len(payload) != length:
@@ -34,6 +37,16 @@ class ShardStream:
         if payload_digest(payload) != self.split.digest(sample):
             raise DecodeError("its bytes are not those that were indexed")
         return payload
+
+    def _range(self, shard: int, offset: int, length: int) -> bytes:
+        """Bytes straight from the server; none where they are to be had on this node, or from a whole shard only."""
+        entry, cache = self.split.entries[shard], self.dataset.cache
+        if self.whole or cache is None or cache.use(entry.shard, size=entry.bytes, sha256=entry.sha256):
+            return b""
+        try:
+            return cache.remote.read_range(entry.shard, offset, length)
+        except RangeIgnored:
+            return b""
 
     def _file(self, shard: int) -> int:
         if shard in self._files:

@@ -7,16 +7,17 @@ caught by the hash of the whole shard.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
 from pipeline.data.dataset import Dataset
 from pipeline.data.decode import DecodeError, decode
-from pipeline.data.shards import DataError, file_sha256, payload_digest
+from pipeline.data.shards import DataError, payload_digest, whole_sha256
 from pipeline.data.split import Split
 from pipeline.data.tars import Member, members
 
@@ -56,62 +57,62 @@ def verify(
 
 def _shard_faults(dataset: Dataset, split: Split, number: int, decode_images: bool) -> list[str]:
     entry = split.entries[number]
+    if dataset.cache is None and not dataset.path(entry).is_file():
+        return [f"{dataset.path(entry)}: missing"]
     try:
-        path = dataset.path(entry)
+        file = dataset.open(entry)  # once: a cache may give the path to another shard meanwhile
     except DataError as error:
         return [str(error)]
-    if not path.is_file():
-        return [f"{path}: missing"]
-    size = path.stat().st_size
-    faults = [] if size == entry.bytes else [f"{path}: has {size} bytes, indexed were {entry.bytes}"]
-    first, last = np.searchsorted(split.shard_S, [number, number + 1])
-    samples = range(int(first), int(last))
-    faults += _image_faults(path, split, samples, decode_images)
-    faults += _member_faults(path, split, samples)
-    if not faults and file_sha256(path) != entry.sha256:
-        faults.append(f"{path}: differs from what was indexed, outside all images and headers")
+    with file:
+        size = os.fstat(file.fileno()).st_size
+        faults = [] if size == entry.bytes else [f"{file.name}: has {size} bytes, indexed were {entry.bytes}"]
+        first, last = np.searchsorted(split.shard_S, [number, number + 1])
+        samples = range(int(first), int(last))
+        faults += _image_faults(file, split, samples, decode_images)
+        faults += _member_faults(file, split, samples)
+        if not faults and whole_sha256(file) != entry.sha256:
+            faults.append(f"{file.name}: differs from what was indexed, outside all images and headers")
     return faults
 
 
-def _image_faults(path: Path, split: Split, samples: range, decode_images: bool) -> list[str]:
-    faults = []
-    with path.open("rb") as file:
-        for sample in samples:
-            offset, length = int(split.offset_S[sample]), int(split.length_S[sample])
-            file.seek(offset)
-            payload = file.read(length)
-            if payload_digest(payload) != split.digest(sample):
-                faults.append(f"{path}: image {split.key(sample)} (bytes {offset} to {offset + length}) differs from "
-                              "what was indexed")  # fmt: skip
-            elif decode_images:
-                try:
-                    decode(payload)
-                except DecodeError as error:
-                    faults.append(f"{path}: image {split.key(sample)} does not decode: {error}")
+def _image_faults(file: BinaryIO, split: Split, samples: range, decode_images: bool) -> list[str]:
+    faults, path = [], file.name
+    for sample in samples:
+        offset, length = int(split.offset_S[sample]), int(split.length_S[sample])
+        file.seek(offset)
+        payload = file.read(length)
+        if payload_digest(payload) != split.digest(sample):
+            faults.append(f"{path}: image {split.key(sample)} (bytes {offset} to {offset + length}) differs from "
+                          "what was indexed")  # fmt: skip
+        elif decode_images:
+            try:
+                decode(payload)
+            except DecodeError as error:
+                faults.append(f"{path}: image {split.key(sample)} does not decode: {error}")
     return faults
 
 
-def _member_faults(path: Path, split: Split, samples: range) -> list[str]:
+def _member_faults(file: BinaryIO, split: Split, samples: range) -> list[str]:
     """Walk the headers, of which a damaged one hides all that follow, and read the labels."""
     keys = {int(split.offset_S[s]): split.key(s) for s in samples}
     labels = {split.key(s): int(split.label_S[s]) for s in samples}
-    found = 0
-    with path.open("rb") as file:
-        try:
-            walked: list[Member] = list(members(file, str(path), remedy="bring a sound copy"))
-        except DataError as error:
-            return [str(error)]
-        for member in walked:
-            key, suffix = member.key_and_suffix or ("", "")
-            if member.offset in keys:
-                found += 1
-                if keys[member.offset] != key:
-                    return [f"{path}: header at byte {member.header} names {key}, the index another key"]
-            elif suffix == "cls":
-                file.seek(member.offset)
-                text = file.read(member.size).decode("ascii", "replace").strip()
-                if key not in labels or text != str(labels[key]):
-                    return [f"{path}: member {member.name} at byte {member.header} does not fit the index"]
+    found, path = 0, file.name
+    file.seek(0)
+    try:
+        walked: list[Member] = list(members(file, path, remedy="bring a sound copy"))
+    except DataError as error:
+        return [str(error)]
+    for member in walked:
+        key, suffix = member.key_and_suffix or ("", "")
+        if member.offset in keys:
+            found += 1
+            if keys[member.offset] != key:
+                return [f"{path}: header at byte {member.header} names {key}, the index another key"]
+        elif suffix == "cls":
+            file.seek(member.offset)
+            text = file.read(member.size).decode("ascii", "replace").strip()
+            if key not in labels or text != str(labels[key]):
+                return [f"{path}: member {member.name} at byte {member.header} does not fit the index"]
     if found != len(samples):
         return [f"{path}: {found} of {len(samples)} images can be reached by its headers"]
     return []

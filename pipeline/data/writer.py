@@ -175,7 +175,8 @@ def _write_shard(job: Job) -> int:
                     writer.write(_record(sample, job.classes, read(sample, archives), job.encoding))
             file.flush()
             os.fsync(file.fileno())
-        index, offsets = index_shard(temporary, path.name, job.plan)
+        with temporary.open("rb") as written:
+            index, offsets = index_shard(written, path.name, job.plan)
         index_path(path).unlink(missing_ok=True)
         temporary.replace(path)
         write_atomically(path.with_suffix(".idx"), offsets.encode())

@@ -15,6 +15,7 @@ from pathlib import Path
 LAUNCHER = "PIPELINE_LAUNCHER"  # set for our ranks: the run's directory is held by the process that started them
 _GRACE_SECONDS = 15.0  # what the others get to notice that one has died
 _PR_SET_PDEATHSIG = 1
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 RESUMABLE = 75
 EXPLAINED = (2, 3)  # bad config, bad data
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
@@ -49,7 +50,7 @@ def run_processes(
                 stdout=output,
                 stderr=output,
                 start_new_session=True,
-                preexec_fn=_die_with_parent,  # noqa: PLW1509  (the launcher has one thread)
+                preexec_fn=_die_with_parent,  # noqa: PLW1509  (see there)
             )
         )
         if output is not None:
@@ -113,6 +114,10 @@ def _free_port() -> int:
 
 
 def _die_with_parent() -> None:
-    """In the child: ask Linux for SIGTERM when the launcher is gone, so that nothing trains on unseen."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    """In the child: ask Linux for SIGTERM when the launcher is gone, so that nothing trains on unseen.
+
+    A launcher that has read a remote manifest has threads, whose locks the child may find taken for ever: it runs no
+    more than this one call before it becomes a process of its own, and loads no library.
+    """
+    if _LIBC is not None:
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

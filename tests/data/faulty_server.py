@@ -70,6 +70,7 @@ def _handler(server: FaultyServer) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
         timeout = 20
+        disable_nagle_algorithm = True  # headers and body are written apart: each reply would wait 40 ms
 
         def log_message(self, *_: object) -> None:
             pass
@@ -82,7 +83,10 @@ def _handler(server: FaultyServer) -> type[BaseHTTPRequestHandler]:
 
         def _answer(self, fault: Fault) -> None:
             span = self.headers.get("Range")
-            start = 0 if span is None or fault.whole else int(span.removeprefix("bytes=").split("-")[0])
+            start, stop = 0, None
+            if span is not None and not fault.whole:
+                first, last = span.removeprefix("bytes=").split("-")
+                start, stop = int(first), int(last) + 1 if last else None
             request = Request(self.command, start, fault.status)
             server.requests[self.path].append(request)
             server.over.wait(fault.delay)
@@ -94,12 +98,12 @@ def _handler(server: FaultyServer) -> type[BaseHTTPRequestHandler]:
                 self.send_header("Content-Length", "0")
                 self.end_headers()
                 return
-            body = content[start:]
+            body = content[start:stop]
             if span is not None and not fault.whole:
                 request.status = 206
             self.send_response(request.status)
             if request.status == 206:
-                self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+                self.send_header("Content-Range", f"bytes {start}-{start + len(body) - 1}/{len(content)}")
             self.send_header("Content-Length", str(len(body) + fault.lie))
             if server.tags:
                 self.send_header("ETag", f'"{hash(content)}"')

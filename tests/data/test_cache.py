@@ -485,14 +485,16 @@ def test_prefetching_keeps_as_many_shards_ahead_as_asked(server, tmp_path):
     assert not prefetch.errors
 
 
-def test_prefetching_takes_at_most_half_of_the_room(server, tmp_path):
-    cache, names = cache_of(server, tmp_path, limit=5 * SIZE), sorted(CONTENTS)
-    with Prefetch(cache, shards_of(names), ahead=6) as prefetch:
-        until(lambda: held(cache) == set(names[:2]))
-        time.sleep(0.1)
-        assert held(cache) == set(names[:2])
-        prefetch.advance(1)
+def test_prefetching_takes_the_room_and_evicts_nothing_that_is_still_to_be_read(server, tmp_path):
+    cache, names = cache_of(server, tmp_path, limit=3 * SIZE), sorted(CONTENTS)
+    fetch(cache, names[7])  # of another consumer
+    with Prefetch(cache, shards_of(names[:7]), ahead=6) as prefetch:
         until(lambda: held(cache) == set(names[:3]))
+        time.sleep(0.1)
+        assert held(cache) == set(names[:3])
+        fetch(cache, names[0])  # read late, and so the last one used
+        prefetch.advance(1)
+        until(lambda: held(cache) == set(names[1:4]))
 
 
 def test_prefetchers_of_two_ranks_share_the_work(server, tmp_path):

@@ -92,8 +92,8 @@ def test_a_file_is_read_whole_and_from_a_byte_on(server):
     assert remote.read("empty") == b""
     assert b"".join(remote.stream("a.tar", 1000)) == CONTENT[1000:]
     assert server.sent("/set/a.tar") == len(CONTENT) - 1000
-    assert remote.exists("a.tar")
-    assert not remote.exists("c.tar")
+    assert remote.read_if_there("a.tar") == CONTENT
+    assert remote.read_if_there("c.tar") is None
 
 
 def test_characters_of_a_name_are_encoded_and_not_interpreted(server):
@@ -260,8 +260,8 @@ def test_an_s3_store_is_listed_and_read(monkeypatch):
         assert remote.names("train") == ["train/a b%20.tar", "train/b.tar"]
         assert remote.size("train/a b%20.tar") == 1_600_000
         assert b"".join(remote.stream("train/b.tar", 1000)) == (b"train/b.tar" * 100_000)[1000:]
-        assert remote.exists("dataset.json")
-        assert not remote.exists("c.tar")
+        assert remote.read_if_there("dataset.json") is not None
+        assert remote.read_if_there("c.tar") is None
         with pytest.raises(NotFound):
             remote.read("c.tar")
         with pytest.raises(NotFound):
