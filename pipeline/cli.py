@@ -239,6 +239,33 @@ def bench_start(options: argparse.Namespace) -> int:
     return DONE
 
 
+def bench_chaos(options: argparse.Namespace) -> int:
+    from pipeline.benchmarks.chaos import chaos
+    from pipeline.config import ConfigError
+    from pipeline.launch.plan import CONFIG
+
+    frozen = Path(options.run)
+    if not (frozen / CONFIG).is_file():
+        raise ConfigError(f"{frozen} is no run: it holds no {CONFIG}; give a directory like runs/NAME")
+    work = Path(options.work or frozen.parent / f"chaos-{frozen.name}")
+    with _progress("killing", "kills") as progress:
+        report = chaos(
+            frozen,
+            work,
+            worlds=options.processes,
+            kills=options.kills,
+            seed=options.seed,
+            variants=[[], *(variant.split(",") for variant in options.variant)],
+            progress=progress,
+        )
+    for difference in report.differences:
+        print(difference, file=sys.stderr)
+    killed = sum(kill.signal == "SIGKILL" for kill in report.kills)
+    verdict = f"{len(report.differences)} differences, see {work}" if report.differences else "the same, bit for bit"
+    print(f"{report.runs} runs, {killed} times SIGKILL and {len(report.kills) - killed} times SIGTERM: {verdict}")
+    return FAILED if report.differences else DONE
+
+
 def _of_run(path: Path, overrides: Sequence[str] = ()) -> Config:
     """A frozen config. One that lies in its run's directory belongs to that directory, wherever it was moved."""
     from pipeline.config import completed, read_config
@@ -521,6 +548,20 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
             p.add_argument("--samples", type=int, nargs="+", default=[0], metavar="N", help="places in the epoch"),
             p.add_argument("--repeats", type=_repeats, default=5, metavar="N", help="starts each (default: 5)"),
             *_add_loading(p),
+        ),
+    )  # fmt: skip
+
+    _add(
+        bench, "chaos", bench_chaos, "kill copies of a run at random moments and compare them with one left alone",
+        "pipeline bench chaos runs/small --kills 20 --processes 1 2 --variant norm.group_size=1",
+        lambda p: (
+            p.add_argument("run", help="a run's directory, of which config.yaml is taken; a short run serves best"),
+            p.add_argument("--kills", type=_count, default=10, metavar="N", help="interruptions (default: 10)"),
+            p.add_argument("--seed", type=int, default=0, help="of moments, signals and ranks"),
+            p.add_argument("--processes", type=_count, nargs="+", default=[1, 2], metavar="N", help="default: 1 2"),
+            p.add_argument("--variant", action="append", default=[], metavar="KEY=VALUE,KEY=VALUE",
+                           help="a run with these keys as well as the run as it is; may be repeated"),
+            p.add_argument("--work", metavar="DIR", help="where the copies run (default: chaos-RUN beside it)"),
         ),
     )  # fmt: skip
 

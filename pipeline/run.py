@@ -9,7 +9,7 @@ import json
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -36,7 +36,7 @@ from pipeline.callbacks.preemption import InterruptedRunError, Preemption
 from pipeline.callbacks.progress import ProgressReport
 from pipeline.callbacks.throughput import Throughput
 from pipeline.callbacks.tracking import Reporter, Tracking, TrackingError, WandbPlace, WandbReporter
-from pipeline.config import Config, ConfigError
+from pipeline.config import Config, ConfigError, completed, read_config
 from pipeline.data.augment import Augmentation, CentreCrop, Preparation
 from pipeline.data.batch import micro_batches
 from pipeline.data.datamodule import ImageData
@@ -213,6 +213,12 @@ def build_strategy(config: Config, world: World, files: CheckpointFiles) -> Stra
         # three ranks on (tests/multiprocess/test_resume.py). Looking for unused parameters keeps the first layout.
         find_unused_parameters=config.trainer.deterministic,
     )  # fmt: skip
+
+
+def go_on(directory: Path, world: World, console: Console, overrides: Sequence[str] = ()) -> Scores | None:
+    """Train the run whose frozen config lies in a directory, wherever that was moved. Raises as `train` does."""
+    config = read_config(directory / "config.yaml", overrides)
+    return train(completed(config, run={"dir": str(directory.parent), "id": directory.name}), world, console)
 
 
 def train(config: Config, world: World, console: Console) -> Scores | None:

@@ -1,0 +1,250 @@
+"""Runs that are killed at random moments, and started again until they are done, beside one that was left alone.
+
+What must be equal, bit for bit, on the same number of ranks: final weights and momenta, every row of
+metrics.csv but its clocks, and the ledger, in which each sample stands once an epoch.
+Ranks are processes of a fork server that has imported everything, so that a start takes a second; they run
+what `pipeline train RUN/config.yaml` runs.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from pipeline import run
+from pipeline.callbacks.journal import Row, read_journal
+from pipeline.callbacks.preemption import InterruptedRunError
+from pipeline.launch.lock import LOCK, locked
+from pipeline.launch.plan import CONFIG, RECORD
+from pipeline.training.checkpoint import newest
+from pipeline.world import World
+
+RESUMABLE, FAILED = 75, 1
+_ALONE_SECONDS = 60.0  # that ranks have to notice the death of another
+_ENDLESS = 40  # starts without an end, after which a run is given up
+
+
+@dataclass(frozen=True, slots=True)
+class Kill:
+    """One interruption: after how many seconds, by what, and whether it met one rank or all."""
+
+    run: str
+    seconds: float
+    signal: str
+    ranks: str
+    step: int  # of the newest checkpoint afterwards
+
+
+@dataclass(slots=True)
+class Report:
+    """What happened, and each way in which an interrupted run was not the same run, in one line."""
+
+    kills: list[Kill] = field(default_factory=list)
+    runs: int = 0
+    differences: list[str] = field(default_factory=list)
+
+
+def chaos(
+    frozen: Path,
+    work: Path,
+    *,
+    worlds: Sequence[int],
+    kills: int,
+    seed: int = 0,
+    variants: Sequence[Sequence[str]] = ((),),
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Report:
+    """Interrupt copies of the run in `frozen` so many times, in turn on each number of ranks and with each variant.
+
+    frozen: a run's directory, of which config.yaml is taken. work: where the copies are made.
+    variants: overrides, as `norm.group_size=1`. Which moments and signals is a function of the seed.
+    """
+    draw, report = random.Random(seed), Report()  # noqa: S311  (no secret)
+    references: dict[tuple[int, int], tuple[Path, float]] = {}
+    for number in itertools.count():
+        world = worlds[number % len(worlds)]
+        variant = number // len(worlds) % len(variants)
+        overrides = ["ledger=true", *variants[variant]]
+        if (world, variant) not in references:
+            whole = _copy(frozen, work / f"whole-{world}-{variant}")
+            began = time.monotonic()
+            codes = _ended(_started(whole, world, overrides), None)
+            if any(codes):
+                raise RuntimeError(f"{whole}: the run itself ends with {codes}; see its logs")
+            references[world, variant] = (whole, time.monotonic() - began)
+        whole, seconds = references[world, variant]
+        broken = _copy(frozen, work / f"broken-{number}")
+        _interrupt_until_done(broken, world, overrides, seconds, draw, report, kills, progress)
+        report.runs += 1
+        report.differences += [f"{broken.name} ({world} ranks): {d}" for d in differences(whole, broken, world)]
+        if len(report.kills) >= kills:
+            return report
+    raise AssertionError
+
+
+def _interrupt_until_done(
+    directory: Path,
+    world: int,
+    overrides: list[str],
+    seconds: float,
+    draw: random.Random,
+    report: Report,
+    kills: int,
+    progress: Callable[[int, int], None],
+) -> None:
+    for _ in range(_ENDLESS):
+        ranks = _started(directory, world, overrides)
+        wait = draw.uniform(0, 0.8 * seconds)  # later, and most runs would be done before
+        number = draw.choice((signal.SIGKILL, signal.SIGTERM))
+        chosen = draw.choice((ranks, [draw.choice(ranks)]))
+        kill = None if len(report.kills) >= kills else (wait, number, chosen)
+        codes = _ended(ranks, kill)
+        if not any(codes):
+            return
+        if kill is None or None in codes:
+            report.differences.append(f"{directory.name} ({world} ranks): ended with {codes} after {report.kills[-1:]}")
+            if kill is None:
+                return
+        step = newest(directory / "checkpoints")
+        met = "all" if len(chosen) == world else f"rank {ranks.index(chosen[0])}"
+        report.kills.append(Kill(directory.name, wait, number.name, met, int(step.stem[5:]) if step else 0))
+        progress(len(report.kills), kills)
+    report.differences.append(f"{directory.name} ({world} ranks): not done after {_ENDLESS} starts")
+
+
+def differences(whole: Path, broken: Path, world: int) -> list[str]:
+    """In what the results of two runs differ, one line each."""
+    found = []
+    states = [_final(directory) for directory in (whole, broken)]
+    for part in ("state_dict", "optimizer_states"):
+        names = sorted(name for name, left, right in _pairs(states[0][part], states[1][part]) if not _same(left, right))
+        if names:
+            found.append(f"{len(names)} tensors of {part} differ, {names[0]} first")
+    if states[0]["global_step"] != states[1]["global_step"]:
+        found.append(f"{states[1]['global_step']} steps instead of {states[0]['global_step']}")
+    rows = [[_unclocked(row) for row in read_journal(directory / "metrics.csv")] for directory in (whole, broken)]
+    if rows[0] != rows[1]:
+        odd = [row for row in rows[1] if row not in rows[0]] or [row for row in rows[0] if row not in rows[1]]
+        found.append(f"metrics.csv has {len(rows[1])} rows instead of {len(rows[0])}; {odd[:1]}")
+    for rank in range(world):
+        lines = [(d / "ledger" / f"rank-{rank}.jsonl").read_text().splitlines() for d in (whole, broken)]
+        if lines[0] != lines[1]:
+            found.append(f"the ledger of rank {rank} differs, {len(lines[1])} lines instead of {len(lines[0])}")
+    epochs: dict[int, list[str]] = {}
+    for path in sorted((broken / "ledger").glob("rank-*.jsonl")):
+        for line in map(json.loads, path.read_text().splitlines()):
+            epochs.setdefault(line["epoch"], []).extend(line["keys"])
+    twice = [epoch for epoch, keys in epochs.items() if len(keys) != len(set(keys))]
+    if twice:
+        found.append(f"a sample was used twice in epoch {twice[0]}")
+    return found
+
+
+def _started(directory: Path, world: int, overrides: list[str]) -> list[BaseProcess]:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    ranks: list[BaseProcess] = [
+        context.Process(target=_rank, args=(directory, rank, world, port, overrides)) for rank in range(world)
+    ]
+    for rank in ranks:
+        rank.start()
+    return ranks
+
+
+def _rank(directory: Path, rank: int, world: int, port: int, overrides: list[str]) -> None:
+    """One rank of a start; exits as the command line does."""
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world),
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WANDB_SILENT="true", TORCH_CPP_LOG_LEVEL="ERROR",
+    )  # fmt: skip
+    log = (directory / f"rank-{rank}.log").open("a")
+    for stream in (1, 2):
+        os.dup2(log.fileno(), stream)
+    world_here = World.from_environment()
+    try:
+        if rank:
+            run.go_on(directory, world_here, Console(quiet=True), overrides)
+        else:
+            with locked(directory):
+                run.go_on(directory, world_here, Console(file=log), overrides)
+    except InterruptedRunError:
+        sys.exit(RESUMABLE)
+
+
+def _ended(ranks: list[BaseProcess], kill: tuple[float, signal.Signals, list[BaseProcess]] | None) -> list[int | None]:
+    """Wait for the ranks, after a kill for so long as they may take to notice; None for one that had to be ended."""
+    if kill is not None:
+        wait, number, chosen = kill
+        deadline = time.monotonic() + wait
+        while time.monotonic() < deadline and any(rank.is_alive() for rank in ranks):
+            time.sleep(0.01)
+        for rank in chosen:
+            if rank.is_alive() and rank.pid:
+                os.kill(rank.pid, number)
+    deadline = time.monotonic() + (_ALONE_SECONDS if kill is not None else 600)
+    codes: list[int | None] = []
+    for rank in ranks:
+        rank.join(max(0.0, deadline - time.monotonic()))
+        alive = rank.is_alive()
+        if alive:
+            rank.kill()
+            rank.join()
+        codes.append(None if alive else rank.exitcode)
+        rank.close()
+    return codes
+
+
+def _copy(frozen: Path, to: Path) -> Path:
+    shutil.rmtree(to, ignore_errors=True)
+    to.mkdir(parents=True)
+    for name in (CONFIG, RECORD):
+        shutil.copyfile(frozen / name, to / name)
+    (to / LOCK).unlink(missing_ok=True)
+    return to
+
+
+def _final(directory: Path) -> dict[str, Any]:
+    path = newest(directory / "checkpoints")
+    state: dict[str, Any] = torch.load(path, weights_only=True) if path else {}
+    return state
+
+
+def _pairs(left: Any, right: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Every leaf of two nested structures, by name; a leaf that one of them lacks is paired with None."""
+    if isinstance(left, dict) and isinstance(right, dict):
+        for key in {**left, **right}:
+            yield from _pairs(left.get(key), right.get(key), f"{name}.{key}" if name else str(key))
+    elif isinstance(left, list) and isinstance(right, list):
+        for number, (a, b) in enumerate(itertools.zip_longest(left, right)):
+            yield from _pairs(a, b, f"{name}.{number}")
+    else:
+        yield name, left, right
+
+
+def _same(left: Any, right: Any) -> bool:
+    if isinstance(left, torch.Tensor) and isinstance(right, torch.Tensor):
+        return left.dtype == right.dtype and torch.equal(left, right)
+    return type(left) is type(right) and bool(left == right)
+
+
+def _unclocked(row: Row) -> tuple[Any, ...]:
+    return row.step, row.epoch, row.split, row.loss, row.top1, row.top5, row.images, row.rate
