@@ -41,12 +41,13 @@ from pipeline.data.augment import Augmentation, CentreCrop, Preparation
 from pipeline.data.batch import micro_batches
 from pipeline.data.datamodule import ImageData
 from pipeline.data.dataset import Location, open_dataset
+from pipeline.data.decode import DECODER
 from pipeline.data.loader import Batching
 from pipeline.data.order import SORTED, WELL_MIXED, Order, shard_mixing, shuffle_quality
 from pipeline.data.shards import DataError
 from pipeline.evaluation.metrics import Scores
 from pipeline.launch.environment import LaunchedEnvironment
-from pipeline.launch.plan import read_record
+from pipeline.launch.plan import note_start, read_record
 from pipeline.models.registry import MODELS
 from pipeline.norm import SyncBatchNorm, convert
 from pipeline.training.checkpoint import Checkpoints, newest
@@ -232,6 +233,9 @@ def train(config: Config, world: World, console: Console) -> Scores | None:
     reporters: list[Reporter] = []
     if world.leads:
         _announce(run, start, console)
+        facts = {"torch": torch.__version__, "device": _device_name(config), "decoder": DECODER}
+        for change in note_start(config.directory, **facts):
+            say(f"WARNING: {change}: samples and their order stay, the bits may not")
         try:
             reporters = _reporters(run, start, progress, record.wandb_id, console)
         except TrackingError as error:
@@ -335,6 +339,10 @@ def _workers(config: Config) -> int:
         return config.cluster.workers
     # On CPU the training takes every core. With a GPU a core is left to the process that feeds it.
     return max(1, (os.cpu_count() or 1) // config.cluster.devices - 1) if _accelerator(config) == "cuda" else 0
+
+
+def _device_name(config: Config) -> str:
+    return torch.cuda.get_device_name() if _accelerator(config) == "cuda" else "cpu"
 
 
 def _accelerator(config: Config) -> str:

@@ -19,6 +19,9 @@ try:
 except ImportError:  # no compiler or no header of libjpeg-turbo when this was installed
     jpeg_region = None  # type: ignore[assignment]
 
+DECODER = (
+    f"libjpeg-turbo {'by regions' if jpeg_region else 'by simplejpeg'}"  # the same bits, where both are of one version
+)
 Pixels = NDArray[np.uint8]
 Box = tuple[int, int, int, int]  # left, top, right, bottom, in pixels
 

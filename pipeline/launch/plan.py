@@ -83,6 +83,16 @@ def close_run(directory: Path, ended: str) -> None:
     _write_record(directory, record)
 
 
+def note_start(directory: Path, **facts: str) -> list[str]:
+    """Note on what this start computes; returns in what it differs from the last one that noted it, a line each."""
+    record = read_record(directory)
+    before = [start for start in record.starts[:-1] if facts.keys() & start.keys()]
+    record.starts[-1].update(facts)
+    _write_record(directory, record)
+    last = before[-1] if before else {}
+    return [f"{name} {value}, before {last[name]}" for name, value in facts.items() if last.get(name, value) != value]
+
+
 def newest_step(directory: Path) -> int:
     """The step of the newest checkpoint, by its name; 0 for none."""
     steps = [path.stem.partition("-")[2] for path in (directory / "checkpoints").glob("step-*.ckpt")]

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from pipeline.config import ConfigError, completed, compose_config, read_config
-from pipeline.launch.plan import open_run, read_record
+from pipeline.launch.plan import close_run, note_start, open_run, read_record
 
 
 def config(tmp_path, *overrides):
@@ -59,3 +59,38 @@ def test_a_damaged_record_is_named(tmp_path):
     (opened.directory / "run.json").write_text("{")
     with pytest.raises(ConfigError, match=r"run\.json: .* needed to go on in the same W&B run"):
         open_run(config(tmp_path, "run.id=a"))
+
+
+def test_a_start_says_in_what_it_computes_otherwise_than_the_last(tmp_path):
+    opened = open_run(config(tmp_path, "run.id=a"))
+    assert note_start(opened.directory, torch="2.11.0", device="cpu") == []
+    open_run(config(tmp_path, "run.id=a"))  # this one was killed before it noted anything
+    open_run(config(tmp_path, "run.id=a"))
+    assert note_start(opened.directory, torch="2.15.0", device="cpu") == ["torch 2.15.0, before 2.11.0"]
+    open_run(config(tmp_path, "run.id=a"))
+    assert note_start(opened.directory, torch="2.15.0", device="cpu") == []
+
+
+def test_a_run_that_fails_each_time_at_the_same_step_is_not_started_again(tmp_path):
+    for _ in range(3):
+        opened = open_run(config(tmp_path, "run.id=a", "run.stalled_starts=3"))
+    close_run(opened.directory, "failed")
+    refused = r"a failed 3 times in a row after step 0 and never got further.*go on once with run\.stalled_starts=0"
+    with pytest.raises(ConfigError, match=refused):
+        open_run(config(tmp_path, "run.id=a", "run.stalled_starts=3"))
+    assert len(read_record(opened.directory).starts) == 3
+    open_run(config(tmp_path, "run.id=a", "run.stalled_starts=0"))
+
+
+@pytest.mark.parametrize("ended", ["interrupted", "done"])
+def test_interruptions_and_progress_are_no_crash_loop(tmp_path, ended):
+    for _ in range(4):  # ended by a signal, or progress, in between
+        opened = open_run(config(tmp_path, "run.id=a", "run.stalled_starts=2"))
+        close_run(opened.directory, ended)
+    for step in (10, 20, 30):
+        (opened.directory / "checkpoints").mkdir(exist_ok=True)
+        (opened.directory / "checkpoints" / f"step-{step:08d}.ckpt").touch()
+        open_run(config(tmp_path, "run.id=a", "run.stalled_starts=2"))
+    record = read_record(opened.directory)
+    assert [start["step"] for start in record.starts] == [0, 0, 0, 0, 10, 20, 30]
+    assert record.starts[0]["ended"] == ended
