@@ -457,9 +457,9 @@ def _code_of(error: Exception) -> int | None:
         return FAILED  # no space, no permission, no such place
     if "InterruptedRunError" in names:
         return FAILED  # of an evaluation: nothing is kept; `train` answers its own with 75
-    if "LockedError" in names:
+    if names & {"LockedError", "CheckpointError"}:
         return FAILED
-    return USAGE if "ConfigError" in names else BAD_DATA if names & {"DataError", "CheckpointError"} else None
+    return USAGE if "ConfigError" in names else BAD_DATA if "DataError" in names else None
 
 
 def _line_of(error: Exception) -> str:

@@ -268,6 +268,7 @@ def train(config: Config, world: World, console: Console) -> Scores | None:
             if tracking.validated_step != trainer.global_step:
                 trainer.validate(run.classifier, datamodule=run.data, verbose=False)
                 run.checkpoints.keep_best(trainer, run.classifier.scores)
+            run.checkpoints.finish()
     except MisconfigurationException as error:
         raise ConfigError(f"{start}: {str(error).splitlines()[0]}") from None
     finally:

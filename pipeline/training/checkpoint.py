@@ -83,6 +83,16 @@ class Checkpoints(lightning.Callback):
         if self._is_best(scores) and trainer.is_global_zero and found:
             _copy(found[-1], self.directory / BEST)
 
+    def finish(self) -> None:
+        """Wait for the last write. Raises CheckpointError if it failed."""
+        self.files.finish()
+        failure = self._complain()
+        if failure:
+            raise CheckpointError(
+                f"the training is done, but its last checkpoint could not be written ({failure}); make room, and the "
+                "same command goes on from the newest"
+            )
+
     def due(self) -> bool:
         """Whether the last save is `every_minutes` ago."""
         return 0 < self.every_minutes * 60 <= time.monotonic() - self._saved_at

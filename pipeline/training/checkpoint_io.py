@@ -6,6 +6,7 @@ renames it. One at a time: a save that comes early waits for the one before it.
 
 from __future__ import annotations
 
+import io
 import os
 import time
 import zipfile
@@ -83,14 +84,15 @@ def write_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
+        with temporary.open("wb", buffering=0) as raw:
+            file = _Watched(raw)
             try:
                 torch.save({**checkpoint, STAMP: {"format": FORMAT}}, file)
-            except RuntimeError as error:  # torch's zip writer hides a full disk behind its own message
-                file.flush()
-                raise OSError(0, str(error).splitlines()[0], str(temporary)) from error
-            file.flush()
-            os.fsync(file.fileno())
+            except RuntimeError:
+                if file.error is None:
+                    raise
+                raise file.error from None
+            os.fsync(raw.fileno())
         temporary.replace(path)
         directory = os.open(path.parent, os.O_RDONLY)
         try:
@@ -99,6 +101,21 @@ def write_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
             os.close(directory)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+class _Watched(io.BufferedWriter):
+    """A file that remembers why it could not be written: torch's zip writer says something else instead."""
+
+    error: OSError | None = None
+
+    def write(self, content: Any) -> int:
+        try:
+            written = super().write(content)
+            self.flush()
+            return written
+        except OSError as error:
+            self.error = error
+            raise
 
 
 def damage(path: Path) -> str:

@@ -64,6 +64,21 @@ def test_a_full_disk_leaves_the_last_good_one_and_is_said(tmp_path, monkeypatch)
     assert files.failure == ""
 
 
+def test_torch_does_not_hide_why_a_file_could_not_be_written(tmp_path, monkeypatch):
+    class Full:
+        """Opens /dev/full, on which nothing can be written, in place of any file."""
+
+        def open(self, *arguments, **options):
+            return open("/dev/full", "wb", buffering=0)  # noqa: PTH123
+
+        def unlink(self, missing_ok):
+            pass
+
+    monkeypatch.setattr(type(tmp_path), "with_name", lambda self, name: Full())
+    with pytest.raises(OSError, match="No space left on device"):
+        write_checkpoint(state(2), tmp_path / "step-00000002.ckpt")
+
+
 def test_loading_runs_no_code(tmp_path):
     class Payload:
         def __reduce__(self):
