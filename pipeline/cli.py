@@ -222,9 +222,15 @@ def bench_start(options: argparse.Namespace) -> int:
     from rich.console import Console
 
     from pipeline.benchmarks.start import report, starts
+    from pipeline.config import ConfigError
     from pipeline.data.dataset import Location, open_dataset
 
-    open_dataset(Location(options.root))  # indexed, if need be, before anything is timed
+    dataset = open_dataset(Location(options.root))  # indexed, if need be, before anything is timed
+    epoch = dataset.manifest.count("train") // options.batch * options.batch
+    if max(options.samples) >= epoch:
+        raise ConfigError(
+            f"--samples {max(options.samples)}: an epoch has {epoch} in batches of {options.batch}; lower it"
+        )
     with _progress("starting", "starts") as progress:
         found = starts(
             options.root,
@@ -286,6 +292,7 @@ def settle(config: Config) -> tuple[Config, Dataset]:
     """The data set, packed or indexed on first use, and the config with what it decides: classes, digest."""
     from pipeline.config import ConfigError, completed
     from pipeline.data.dataset import Location
+    from pipeline.data.decode import DECODER
     from pipeline.data.preparation import ready_data
     from pipeline.data.read_ahead import check_room
     from pipeline.data.shards import MANIFEST, DataError, difference, read_manifest
@@ -323,7 +330,9 @@ def settle(config: Config) -> tuple[Config, Dataset]:
             check_name(config.model.name)
         except ValueError as error:
             raise ConfigError(str(error)) from None
-    return completed(config, data={"num_classes": classes, "digest": manifest.digest}), dataset
+    return completed(
+        config, data={"num_classes": classes, "digest": manifest.digest, "decoder": data.decoder or DECODER}
+    ), dataset
 
 
 def _train_here(config: Config) -> int:
@@ -545,7 +554,7 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
         "pipeline bench start shards/imagenet --samples 0 1200000",
         lambda p: (
             p.add_argument("root", help="directory of shards"),
-            p.add_argument("--samples", type=int, nargs="+", default=[0], metavar="N", help="places in the epoch"),
+            p.add_argument("--samples", type=_none_or_more, nargs="+", default=[0], metavar="N", help="places"),
             p.add_argument("--repeats", type=_repeats, default=5, metavar="N", help="starts each (default: 5)"),
             *_add_loading(p),
         ),
@@ -568,7 +577,9 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
 
 def _add_loading(parser: argparse.ArgumentParser) -> tuple[argparse.Action, ...]:
     return (
-        parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], metavar="N", help="default: 1 2"),
+        parser.add_argument(
+            "--workers", type=_none_or_more, nargs="+", default=[1, 2], metavar="N", help="default: 1 2"
+        ),
         parser.add_argument("--size", type=_count, default=224, metavar="N", help="pixels a side (default: 224)"),
         parser.add_argument("--batch", type=_count, default=128, metavar="N", help="images a batch (default: 128)"),
     )
@@ -631,9 +642,23 @@ def _add_location(parser: argparse.ArgumentParser) -> tuple[argparse.Action, ...
         parser.add_argument("--val", metavar="PATTERN", help="the same of the validation shards"),
         parser.add_argument("--cache", metavar="DIR", help="for remote shards (default: ~/.cache/pipeline)"),
         parser.add_argument(
-            "--cache-gb", type=float, default=0.0, metavar="N", help="limit on remote shards kept there"
+            "--cache-gb", type=_gigabytes, default=0.0, metavar="N", help="limit on remote shards kept there"
         ),
     )
+
+
+def _gigabytes(text: str) -> float:
+    number = float(text)
+    if not 0 <= number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is no size; 0 = no limit")
+    return number
+
+
+def _none_or_more(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{number} must be at least 0")
+    return number
 
 
 def _count(text: str) -> int:

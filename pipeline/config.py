@@ -88,6 +88,7 @@ class DataConfig:
     evaluation_crop: float = 0.875  # fraction of the shorter side that evaluation sees
     mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])  # of pixels in 0..1
     std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
+    decoder: str = ""  # of JPEGs: regions or whole; "" = regions where that is installed, fixed at the run's start
     digest: str = ""  # of the data set, filled in when the run starts
 
     @property
@@ -287,7 +288,7 @@ def _schema() -> DictConfig:
 def differences(new: Config, old: Config) -> list[str]:
     """Where the identity of two runs differs, one line each. What either leaves open (0 threads, "") agrees."""
     left, right = _flat(dataclasses.asdict(new)), _flat(dataclasses.asdict(old))
-    filled = {"trainer.threads": 0, "data.digest": "", "data.num_classes": 0}
+    filled = {"trainer.threads": 0, "data.digest": "", "data.num_classes": 0, "data.decoder": ""}
     return [
         f"{key} = {left[key]!r}, the run has {right[key]!r}"
         for key in left
@@ -309,6 +310,7 @@ def checked(config: Config) -> Config:
     _choice("model.activation", c.model.activation, ("relu", "sigmoid"))
     _choice("augment.photometric", c.augment.photometric, ("full", "reduced", "none"))
     _choice("trainer.precision", c.trainer.precision, ("32", "bf16", "64"))
+    _choice("data.decoder", c.data.decoder, ("", "regions", "whole"))
     _choice("cluster.accelerator", c.cluster.accelerator, ("auto", "cpu", "cuda"))
     _choice("tracking.mode", c.tracking.mode, ("auto", "online", "offline", "disabled"))
     flat = _flat(dataclasses.asdict(c))

@@ -41,7 +41,7 @@ from pipeline.data.augment import Augmentation, CentreCrop, Preparation
 from pipeline.data.batch import micro_batches
 from pipeline.data.datamodule import ImageData
 from pipeline.data.dataset import Location, open_dataset
-from pipeline.data.decode import DECODER
+from pipeline.data.decode import DECODER, REGIONS
 from pipeline.data.loader import Batching
 from pipeline.data.order import SORTED, WELL_MIXED, Order, shard_mixing, shuffle_quality
 from pipeline.data.shards import DataError
@@ -112,13 +112,19 @@ def build_data(config: Config, world: World) -> ImageData:
         raise DataError(
             f"data.root = {config.data.root} holds another data set here than where the run was started; copy that one"
         )
+    decoder = config.data.decoder
+    if decoder == REGIONS != DECODER:
+        raise ConfigError(
+            "data.decoder = regions, which is not installed here (python: pipeline.data.jpeg_region): install gcc, "
+            "python3-dev and libjpeg62-turbo-dev and then pipeline again, or start a new run with data.decoder=whole"
+        )
     return ImageData(
         dataset,
         num_classes=config.data.num_classes,
         augment=Augmentation(
-            config.data.image_size, config.augment.area_min, config.augment.flip, config.augment.photometric
+            config.data.image_size, config.augment.area_min, config.augment.flip, config.augment.photometric, decoder
         ),
-        crop=CentreCrop(config.data.image_size, config.data.evaluation_crop),
+        crop=CentreCrop(config.data.image_size, config.data.evaluation_crop, decoder),
         batching=Batching(
             global_batch_size=config.data.global_batch_size,
             micro_batch_size=config.data.micro_batch_size,
@@ -233,7 +239,7 @@ def train(config: Config, world: World, console: Console) -> Scores | None:
     reporters: list[Reporter] = []
     if world.leads:
         _announce(run, start, console)
-        facts = {"torch": torch.__version__, "device": _device_name(config), "decoder": DECODER}
+        facts = {"torch": torch.__version__, "device": _device_name(config)}
         for change in note_start(config.directory, **facts):
             say(f"WARNING: {change}: samples and their order stay, the bits may not")
         try:

@@ -13,39 +13,41 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-SECONDS = 0.5  # between two reductions: the ranks count it in steps, the same number on each
+SECONDS = 0.5  # between two reductions: the ranks count it in calls, the same number on each
 
 
 class Agreement:
-    """Sums of numbers over ranks. Every rank must call the same methods at the same steps."""
+    """Sums of numbers over ranks. Every rank must call the same methods in the same order."""
 
     def __init__(self) -> None:
-        self.every = 1  # steps between two reductions
+        self.every = 1  # calls between two reductions
         self._group: dist.ProcessGroup | None = None
         self._work: dist.Work | None = None
         self._sums = torch.zeros(0)
-        self._next, self._started_at, self._started_step = 0, time.perf_counter(), 0
+        self._calls, self._started_at = 0, time.perf_counter()
 
-    def begin(self, step: int, timeout: timedelta) -> None:
-        """Before the first step. A collective."""
+    def begin(self, timeout: timedelta) -> None:
+        """Before the first question. A collective."""
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             group = dist.new_group(backend="gloo", timeout=timeout)
             assert isinstance(group, dist.ProcessGroup)
             self._group = group
-        self._next = self._started_step = step
         self._started_at = time.perf_counter()
 
-    def ask(self, step: int, values: list[float]) -> list[float] | None:
-        """The sums of an earlier call's values, where they are due; of these at once for a single rank."""
+    def ask(self, values: list[float]) -> list[float] | None:
+        """The sums of an earlier call's values, where they are due; of these at once for a single rank.
+
+        To be called after every step of whatever is going on, training or validation: calls are what is counted.
+        """
         if self._group is None:
             return values
         sums = self._arrived()
-        if step >= self._next:
+        self._calls += 1
+        if self._calls >= self.every:
             now = time.perf_counter()
-            seconds = (now - self._started_at) / max(step - self._started_step, 1)
-            self._started_at, self._started_step = now, step
+            seconds = (now - self._started_at) / self._calls
+            self._started_at, self._calls = now, 0
             self._start(values, seconds)
-            self._next = step + self.every
         return sums
 
     def settle(self, values: list[float]) -> list[float]:

@@ -35,10 +35,14 @@ class BadSamples(lightning.Callback):
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self._epoch, self._step = trainer.current_epoch, trainer.global_step
-        kept: list[dict[str, Any]] = []
         if self.directory.is_dir():
-            kept = cut_lines(self.directory, self._step, rank=self.rank, world=trainer.world_size)
-        self.count = sum(line["split"] == "train" and line["epoch"] == self._epoch for line in kept)
+            self.count = cut_lines(
+                self.directory,
+                self._step,
+                rank=self.rank,
+                world=trainer.world_size,
+                count=lambda line: line["split"] == "train" and line["epoch"] == self._epoch,
+            )
 
     def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         if trainer.current_epoch != self._epoch:

@@ -41,28 +41,32 @@ class Ledger(lightning.Callback):
             self._samples = []
 
 
-def cut_lines(directory: Path, last_step: int, *, rank: int, world: int) -> list[dict[str, Any]]:
-    """Take out what will be trained again, and a last line that a crash cut short; returns the lines that stay.
+def cut_lines(
+    directory: Path, last_step: int, *, rank: int, world: int, count: Callable[[dict[str, Any]], bool] = bool
+) -> int:
+    """Take out what will be trained again, and a last line that a crash cut short; returns how many stay that count.
 
-    Of this rank's file and, for rank 0, of files of ranks that this start does not have.
+    Of this rank's file and, for rank 0, of files of ranks that this start does not have. Line by line: a ledger of
+    ImageNet is gigabytes.
     """
     directory.mkdir(parents=True, exist_ok=True)
     paths = [directory / f"rank-{rank}.jsonl"]
     if rank == 0:
         paths += [p for p in directory.glob("rank-*.jsonl") if int(p.stem.partition("-")[2]) >= world]
-    kept = []
+    kept = 0
     for path in paths:
-        lines = []
-        for text in path.read_text().splitlines() if path.exists() else []:
-            try:
-                line = json.loads(text)
-                if line["step"] <= last_step:
-                    lines.append(line)
-            except (ValueError, KeyError):
-                continue
-        if path.exists():
-            temporary = path.with_name(f".{path.name}.tmp")
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
-            temporary.replace(path)
-        kept += lines
+        if not path.exists():
+            continue
+        temporary = path.with_name(f".{path.name}.tmp")
+        with path.open() as lines, temporary.open("w") as file:
+            for text in lines:
+                try:
+                    line = json.loads(text)
+                    stays = line["step"] <= last_step
+                except (ValueError, KeyError):
+                    continue
+                if stays:
+                    file.write(text if text.endswith("\n") else text + "\n")
+                    kept += count(line)
+        temporary.replace(path)
     return kept

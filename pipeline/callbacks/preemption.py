@@ -40,11 +40,11 @@ class Preemption(lightning.Callback):
         self.timeout, self.on_interruption = timeout, on_interruption
         self.agreement = Agreement()
         self.signal: int | None = None
-        self._step = self._validated = 0
+        self._step = 0
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self._step = trainer.global_step
-        self.agreement.begin(self._step, self.timeout)
+        self.agreement.begin(self.timeout)
         for number in SIGNALS:  # in place of Lightning's own, which save and communicate inside the handler
             signal.signal(number, self._note)
         # Lightning also broadcasts a flag before every batch and waits for it; the agreement takes its place.
@@ -57,7 +57,7 @@ class Preemption(lightning.Callback):
         if step == self._step or ends_epoch(trainer):
             return
         self._step = step
-        sums = self.agreement.ask(step, self._values(trainer))
+        sums = self.agreement.ask(self._values(trainer))
         if sums is None:
             return
         signals, bad, due = sums
@@ -84,8 +84,7 @@ class Preemption(lightning.Callback):
     ) -> None:
         if trainer.state.fn != "fit":
             return
-        self._validated += 1
-        sums = self.agreement.ask(self._validated, self._values(trainer))
+        sums = self.agreement.ask(self._values(trainer))
         if sums is not None and sums[0]:
             self._leave(trainer, f"in the validation after step {trainer.global_step}, which will be repeated")
 

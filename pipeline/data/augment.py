@@ -46,10 +46,11 @@ class Augmentation:
     area_min: float = 0.08
     flip: bool = True
     photometric: str = "full"
+    decoder: str = ""  # see decode.decode_region
 
     def crop(self, payload: bytes, key: int) -> Pixels:
         """The training crop (size, size, 3) of an image's bytes. Raises DecodeError."""
-        return resized(decode_region(payload, partial(self.box, key=key), self.size), self.size)
+        return resized(decode_region(payload, partial(self.box, key=key), self.size, self.decoder), self.size)
 
     def box(self, width: int, height: int, key: int) -> Box:
         """Which part of an image the crop shows."""
@@ -68,10 +69,11 @@ class CentreCrop:
 
     size: int
     fraction: float = 0.875
+    decoder: str = ""
 
     def crop(self, payload: bytes) -> Pixels:
         """The view (size, size, 3) of an image's bytes. Raises DecodeError."""
-        return resized(decode_region(payload, self._box, self.size), self.size)
+        return resized(decode_region(payload, self._box, self.size, self.decoder), self.size)
 
     def _box(self, width: int, height: int) -> Box:
         side = max(1, round(min(height, width) * self.fraction))

@@ -29,10 +29,11 @@ from pipeline.data.shards import (
     ShardEntry,
     file_sha256,
     parse_manifest,
+    read_index,
     read_manifest,
     write_atomically,
 )
-from pipeline.data.split import Split, open_split, table_path
+from pipeline.data.split import Split, open_split, table_path, write_table
 
 _BESIDE = ".pipeline"
 _CONTACTS = 3  # tries within two seconds, for a host that somebody has just typed
@@ -165,6 +166,8 @@ def open_dataset(
         return _open_remote(location, workers, again, patient, progress, say)
     root = Path(location.root)
     if (root / MANIFEST).exists() and not (location.train or location.val):
+        if again:
+            _rebuild_tables(root, say)
         return Dataset(location, root, read_manifest(root))
     if not root.is_dir():
         read_manifest(root)  # says what is wrong
@@ -176,7 +179,7 @@ def open_dataset(
             splits, stated = _found(location)
             read = partial(_local, str(root))
             jobs = [
-                IndexJob(split, shard, _mark(directory, shard), read, root / shard)
+                IndexJob(split, shard, directory, read, root / shard)
                 for split, shards in splits.items() for shard in shards
             ]  # fmt: skip
             _index(jobs, directory, again, stated, workers, progress, say, str(root))
@@ -206,7 +209,7 @@ def _open_remote(
             listed = remote.names if info is None else list  # what _info.json names need not be listed
             splits, stated = find_shards(listed, root, train=location.train, val=location.val, info=info)
             jobs = [
-                IndexJob(split, shard, _mark(directory, shard), cache.open, None)
+                IndexJob(split, shard, directory, cache.open, None)
                 for split, shards in splits.items() for shard in shards
             ]  # fmt: skip
             if again and (directory / MANIFEST).exists():
@@ -256,6 +259,20 @@ def _found(location: Location) -> tuple[dict[str, list[str]], dict[str, int]]:
     return find_shards(partial(_files, root), str(root), train=location.train, val=location.val, info=info)
 
 
+def _rebuild_tables(root: Path, say: Callable[[str], None]) -> None:
+    """The tables of a set that was packed here, from the indexes beside its shards, where one is lost or damaged."""
+    manifest = read_manifest(root)
+    for split, entries in manifest.splits.items():
+        path = table_path(root, split)
+        if not path.exists() or file_sha256(path) != manifest.samples[split]:
+            if (
+                write_table(root, split, [read_index(root / entry.shard) for entry in entries])
+                != manifest.samples[split]
+            ):
+                raise DataError(f"{root}: the indexes of {split} are not those of {MANIFEST}; write the shards again")
+            say(f"{path} is made anew from the indexes beside the shards")
+
+
 def _index_directory(location: Location, root: Path) -> Path:
     """Beside the shards where that can be written, else in the cache."""
     patterns = hashlib.sha256(f"{location.train}\n{location.val}".encode()).hexdigest()[:16]
@@ -263,10 +280,6 @@ def _index_directory(location: Location, root: Path) -> Path:
     if (beside / MANIFEST).exists() or os.access(root, os.W_OK):
         return beside
     return location.cache_directory / "indexes" / location.name
-
-
-def _mark(directory: Path, shard: str) -> Path:
-    return directory / "marks" / shard.replace("/", "__")
 
 
 def _local(root: str, shard: str) -> BinaryIO:

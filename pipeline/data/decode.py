@@ -19,9 +19,8 @@ try:
 except ImportError:  # no compiler or no header of libjpeg-turbo when this was installed
     jpeg_region = None  # type: ignore[assignment]
 
-DECODER = (
-    f"libjpeg-turbo {'by regions' if jpeg_region else 'by simplejpeg'}"  # the same bits, where both are of one version
-)
+REGIONS, WHOLE = "regions", "whole"
+DECODER = REGIONS if jpeg_region else WHOLE  # what this installation can do
 Pixels = NDArray[np.uint8]
 Box = tuple[int, int, int, int]  # left, top, right, bottom, in pixels
 
@@ -60,11 +59,13 @@ def decode(payload: bytes) -> Pixels:
     return _decoded_by_pillow(payload)
 
 
-def decode_region(payload: bytes, box_of: Callable[[int, int], Box], size: int) -> Pixels:
+def decode_region(payload: bytes, box_of: Callable[[int, int], Box], size: int, decoder: str = "") -> Pixels:
     """Pixels of the box that box_of(width, height) chooses, to be resized to size x size. Raises DecodeError.
 
     A box at least twice as large as needed is decoded at 1/2, 1/4 or 1/8 by the inverse transform itself:
     fewer pixels, and another low-pass filter than resizing alone (measured in benchmarks.md).
+    decoder: REGIONS or WHOLE; "" = what there is. Sound images give the same bits; of one that was damaged before it
+    was packed, regions above the damage are as whole as ever to one, while the other leaves all of it to Pillow.
     """
     shape = _plain_jpeg_size(payload)
     if shape is not None:
@@ -73,7 +74,7 @@ def decode_region(payload: bytes, box_of: Callable[[int, int], Box], size: int) 
         while denominator < 8 and shorter >= 2 * denominator * size:
             denominator *= 2
         try:
-            return _jpeg_region(payload, shape, box, denominator)
+            return _jpeg_region(payload, shape, box, denominator, decoder or DECODER)
         except ValueError:
             pass
     pixels = _decoded_by_pillow(payload)
@@ -90,17 +91,17 @@ def _plain_jpeg_size(payload: bytes) -> tuple[int, int] | None:
         return None
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(payload)
-    except ValueError:
+    except (ValueError, KeyError):  # KeyError: sampling factors that simplejpeg does not know
         return None
     return (width, height) if colours in ("Gray", "YCbCr", "RGB") and 0 < height * width <= MAX_PIXELS else None
 
 
-def _jpeg_region(payload: bytes, shape: tuple[int, int], box: Box, denominator: int) -> Pixels:
+def _jpeg_region(payload: bytes, shape: tuple[int, int], box: Box, denominator: int, decoder: str) -> Pixels:
     """The box (in pixels of the whole image) at 1/denominator. Raises ValueError for a damaged image."""
     width, height = (-(-side // denominator) for side in shape)
     left, top = box[0] // denominator, box[1] // denominator
     right, bottom = (-(-edge // denominator) for edge in box[2:])
-    if jpeg_region is None:
+    if jpeg_region is None or decoder == WHOLE:
         options = {} if denominator == 1 else {"min_height": height, "min_width": width, "min_factor": 1}
         whole: Pixels = simplejpeg.decode_jpeg(payload, colorspace="RGB", **options)
         return whole[top:bottom, left:right]

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
+
 from pipeline.data.dataset import Dataset
 from pipeline.data.decode import DecodeError, Pixels
 from pipeline.data.keyed_random import mixed
@@ -20,7 +22,10 @@ _TRIES_IN_SHARD, _TRIES = 8, 16
 
 
 class Fault(NamedTuple):
-    """A sample that could not be used. offset: its bytes' in the shard; substitute: the sample in its place, or -1."""
+    """A sample that could not be used. offset: its bytes' in the shard; substitute: the sample in its place, or -1.
+
+    tries: how many were looked at for it, of which the last was sound.
+    """
 
     sample: int
     substitute: int
@@ -28,6 +33,7 @@ class Fault(NamedTuple):
     key: str
     offset: int
     reason: str
+    tries: int = 0
 
 
 class Images:
@@ -50,30 +56,31 @@ class Images:
     def load_or_substitute(
         self, sample: int, crop: Callable[[bytes], Pixels], seed: int, epoch: int
     ) -> tuple[Pixels, int, list[Fault]]:
-        """A crop, the sample it is of, and the faults met on the way. Raises DataError after 16 bad ones in a row.
+        """A crop, the sample it is of, and the fault if it is another. Raises DataError after 16 bad ones in a row.
 
         The first eight candidates are of the same shard, which is at hand; then come all.
         """
         pixels = self.load(sample, crop)
-        faults: list[Fault] = []
-        candidate = sample
-        while isinstance(pixels, Fault):
-            faults.append(pixels)
-            if len(faults) > _TRIES:
-                raise DataError(
-                    f"{faults[0].shard}: {faults[0].key} and {_TRIES} samples to stand in for it are bad (last: "
-                    f"{pixels.reason}); run `pipeline shards verify --decode {self.split.root}`"
-                )
-            candidate = self._candidate(sample, mixed(seed, epoch, sample, _SUBSTITUTE, len(faults)), len(faults))
-            pixels = self.load(candidate, crop)
-        return pixels, candidate, [fault._replace(substitute=candidate) for fault in faults]
+        if not isinstance(pixels, Fault):
+            return pixels, sample, []
+        fault = pixels
+        for tries in range(1, _TRIES + 1):
+            candidate = self._candidate(sample, mixed(seed, epoch, sample, _SUBSTITUTE, tries), tries)
+            found = self.load(candidate, crop)
+            if not isinstance(found, Fault):
+                return found, candidate, [fault._replace(substitute=candidate, tries=tries)]
+            pixels = found
+        raise DataError(
+            f"{fault.shard}: {fault.key} and {_TRIES} samples to stand in for it are bad (last: {pixels.reason}); "
+            f"run `pipeline shards verify --decode {self.split.root}`"
+        )
 
     def _candidate(self, sample: int, bits: int, attempt: int) -> int:
         if attempt > _TRIES_IN_SHARD:
             return bits % len(self.split)
-        shard = int(self.split.shard_S[sample])
-        counts = self.split.shard_counts
-        return sum(counts[:shard]) + bits % counts[shard]
+        shard = self.split.shard_S[sample]
+        first, last = np.searchsorted(self.split.shard_S, [shard, shard + 1])
+        return int(first) + bits % int(last - first)
 
     def _fault(self, sample: int, reason: str) -> Fault:
         split = self.split
@@ -83,4 +90,4 @@ class Images:
 
 def open_images(dataset: Dataset, split: str, num_classes: int, window: int = 0) -> Images:
     """The images of one split, to be read in windows of so many shards; 0 = all. Raises DataError."""
-    return Images(ShardStream(dataset, dataset.split(split, num_classes), keep=min(64, window + 1) if window else 64))
+    return Images(ShardStream(dataset, dataset.split(split, num_classes), keep=min(64, window + 1) if window else 256))

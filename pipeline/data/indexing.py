@@ -38,11 +38,12 @@ from pipeline.data.tars import Member, dali_index, members, read_dali_index, rea
 Progress = Callable[[int, int], None]  # done, in all
 IMAGES = ("jpg", "jpeg", "png", "webp")
 _WNID = re.compile(r"(?:^|/)(n\d{8})[_/.]")
+_MOST_CLASSES = 1_000_000
 _ILSVRC = {"train": 1_281_167, "val": 50_000}
 
 
-def index_shard(file: BinaryIO, name: str, plan: str = "") -> tuple[Index, str]:
-    """The index of a tar on disk and the text of its DALI index. name: what messages call it. Raises DataError."""
+def index_shard(file: BinaryIO, name: str, plan: str = "") -> tuple[Index, list[list[Member]]]:
+    """The index of a tar on disk and the members of each sample. name: what messages call it. Raises DataError."""
     index = Index(name, 0, os.fstat(file.fileno()).st_size, "", plan, [], [], [], [], [], {})
     listed: list[list[Member]] = []
     seen: set[str] = set()
@@ -68,7 +69,7 @@ def index_shard(file: BinaryIO, name: str, plan: str = "") -> tuple[Index, str]:
     if not index.key:
         raise DataError(f"{name} holds no image; remove it, or write it again")
     facts = {field: getattr(index, field) for field in index.__slots__}
-    return Index(**{**facts, "count": len(index.key), "sha256": whole_sha256(file)}), dali_index(listed)
+    return Index(**{**facts, "count": len(index.key), "sha256": whole_sha256(file)}), listed
 
 
 def _image(sample: list[Member], key: str, where: str) -> Member:
@@ -97,14 +98,18 @@ def _label(file: IO[bytes], sample: list[Member], key: str, where: str) -> tuple
         try:
             loaded = json.loads(content("json"))
             facts = loaded if isinstance(loaded, dict) else {}
-        except ValueError:
+        except (ValueError, RecursionError):
             raise DataError(f"{where}: {key}.json is no JSON; write the shard again") from None
     label = content("cls").decode("ascii", "replace").strip() if "cls" in by_suffix else facts.get("label")
-    try:
-        number = int(label)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+    whole = isinstance(label, int) and not isinstance(label, bool)
+    if not whole and not (isinstance(label, str) and re.fullmatch(r"-?\d{1,12}", label.strip(), re.ASCII)):
         what = "neither cls nor a label in json" if label is None else f"label {label!r}, which is no whole number"
-        raise DataError(f"{where}: sample {key} has {what}; training a classifier needs one for each image") from None
+        raise DataError(f"{where}: sample {key} has {what}; training a classifier needs one for each image")
+    number = int(label)  # type: ignore[arg-type]
+    if number > _MOST_CLASSES:
+        raise DataError(
+            f"{where}: label {number} of {key} is no class; labels count from 0 to {_MOST_CLASSES:,} at most"
+        )
     named = facts.get("class")
     wnid = _WNID.search(str(facts.get("filename", "")))
     return number, named if isinstance(named, str) else wnid[1] if wnid else ""
@@ -112,21 +117,28 @@ def _label(file: IO[bytes], sample: list[Member], key: str, where: str) -> tuple
 
 @dataclass(frozen=True, slots=True)
 class IndexJob:
-    """One shard to be indexed. mark: where its index goes; beside: the shard, where notes of others may lie by it."""
+    """One shard to be indexed, into directory. beside: the shard, where notes of others may lie by it."""
 
     split: str
     shard: str
-    mark: Path
+    directory: Path
     open: Callable[[str], BinaryIO]
     beside: Path | None
 
+    @property
+    def mark(self) -> Path:
+        """Where its index waits until all are there; the name of another shard gives another one."""
+        return self.directory / "marks" / self.shard
+
     def __call__(self) -> int:
         with self.open(self.shard) as file:
-            index, offsets = index_shard(file, self.shard)
+            index, samples = index_shard(file, self.shard)
         if self.beside is not None:
-            _check_notes(self.beside, offsets)
-            _write_offsets(self.beside.with_suffix(".idx"), offsets)
-        self.mark.parent.mkdir(parents=True, exist_ok=True)
+            _check_notes(self.beside, samples)
+        offsets = (self.directory / self.shard).with_suffix(".idx")
+        for path in (offsets, self.mark):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(offsets, dali_index(samples).encode())
         write_index(self.mark, index)
         return len(index)
 
@@ -163,8 +175,6 @@ def index_dataset(
     samples = {split: write_table(directory, split, (indexes[e.shard] for e in entries))
                for split, entries in splits.items()}  # fmt: skip
     manifest = write_manifest(directory, classes, splits, samples, plan="")
-    for job in jobs:
-        index_path(job.mark).unlink()
     return manifest
 
 
@@ -197,13 +207,12 @@ def _counts(splits: dict[str, list[ShardEntry]], classes: int) -> Iterator[str]:
             yield f"{split} holds {count:,} images; that of ILSVRC2012 has {whole:,}"
 
 
-def _check_notes(shard: Path, offsets: str) -> None:
+def _check_notes(shard: Path, samples: list[list[Member]]) -> None:
     """What DALI's or Energon's index beside a shard says must be what the shard holds."""
-    lines = [line.split() for line in offsets.splitlines()[1:]]
     noted = shard.with_suffix(".idx")
     if noted.is_file():
         listed = read_dali_index(noted)
-        own = {(words[i], int(words[i + 1]), int(words[i + 2])) for words in lines for i in range(0, len(words), 4)}
+        own = {((m.key_and_suffix or ("", ""))[1], m.offset, m.size) for sample in samples for m in sample}
         if listed != own:
             raise DataError(f"{noted} lists {len(listed)} members, of which {len(listed & own)} are among the "
                             f"{len(own)} of {shard.name}; fetch the shard again, or remove the index")  # fmt: skip
@@ -213,14 +222,6 @@ def _check_notes(shard: Path, offsets: str) -> None:
         with shard.open("rb") as file:
             headers = {m.header for m in members(file, str(shard))}
         known = {start for start in starts if start in headers}
-        if len(starts) - len(known) > 1 or not 0 <= len(starts) - len(lines) <= 1:  # the last may be the tar's end
-            raise DataError(f"{noted} lists {len(starts)} samples, {shard.name} holds {len(lines)}; fetch the shard "
+        if len(starts) - len(known) > 1 or not 0 <= len(starts) - len(samples) <= 1:  # the last may be the tar's end
+            raise DataError(f"{noted} lists {len(starts)} samples, {shard.name} holds {len(samples)}; fetch the shard "
                             "again, or remove the index")  # fmt: skip
-
-
-def _write_offsets(path: Path, offsets: str) -> None:
-    try:
-        if not path.exists():
-            write_atomically(path, offsets.encode())
-    except OSError:
-        pass  # shards that may only be read need no copy of what the table holds

@@ -54,6 +54,10 @@ static PyObject *decode(PyObject *self, PyObject *arguments) {
 
     (void)self;
     if (!PyArg_ParseTuple(arguments, "y*iiiii", &payload, &left, &top, &right, &bottom, &denominator)) return NULL;
+    if (denominator != 1 && denominator != 2 && denominator != 4 && denominator != 8) {
+        PyBuffer_Release(&payload);
+        return PyErr_Format(PyExc_ValueError, "1/%d is no scale of libjpeg; 1, 1/2, 1/4 and 1/8 are", denominator);
+    }
 
     info.err = jpeg_std_error(&errors.manager);
     errors.manager.error_exit = leave;
@@ -121,11 +125,12 @@ static PyObject *read_entropy(PyObject *self, PyObject *argument) {
     errors.manager.emit_message = count;
     errors.manager.output_message = say_nothing;
     jpeg_create_decompress(&info);
-    int whole = !setjmp(errors.jump);
-    if (whole) {
+    volatile int whole = 0;
+    if (!setjmp(errors.jump)) {
         jpeg_mem_src(&info, payload.buf, (unsigned long)payload.len);
         jpeg_read_header(&info, TRUE);
         jpeg_read_coefficients(&info);
+        whole = 1;
     }
     jpeg_destroy_decompress(&info);
     PyBuffer_Release(&payload);

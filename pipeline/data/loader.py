@@ -156,27 +156,31 @@ class Workers:
         self.items, self.count = items, count
         self._places = Places()
         self._loader = self._new(self._places)
-        self._busy = False
+        self._running: object | None = None
 
     def load(self, epoch: int | None, numbers: range) -> Iterator[Item]:
         """Items in the order of their numbers."""
-        if self._busy:  # one iteration inside another: it gets processes of its own
+        if self._running is not None:  # one iteration inside another: it gets processes of its own
             places = Places()
             places.epoch, places.numbers = epoch, numbers
             yield from _in_one_line(self._new(places, keep=False))
             return
         self._places.epoch, self._places.numbers = epoch, numbers
-        self._busy = True
+        token = self._running = object()
         try:
-            yield from _in_one_line(self._loader)
+            for place, item in zip(numbers, _in_one_line(self._loader), strict=True):
+                if place == numbers[-1]:
+                    self._running = None  # who knows how many there are does not come back to hear of the end
+                yield item
         finally:
-            self._busy = False
+            if self._running is token:
+                self._running = None
 
     def _new(self, places: Places, keep: bool = True) -> DataLoader[Item]:
         options: dict[str, Any] = {}
         if self.count:
             # Imported once, before the workers fork from this server: they start in milliseconds and share its pages.
-            multiprocessing.set_forkserver_preload([__name__])
+            multiprocessing.set_forkserver_preload(["pipeline.data.fork_server"])
             options = {
                 "prefetch_factor": 4, "persistent_workers": keep, "multiprocessing_context": "forkserver",
                 "worker_init_fn": _leave_signals,
@@ -285,6 +289,10 @@ def _in_one_line(items: Iterable[Item]) -> Iterator[Item]:
 
 
 def _leave_signals(worker: int) -> None:
-    """A worker goes on through Ctrl-C and the like, until the process it serves has saved and ends it."""
+    """A worker goes on through signals to the whole job, until the process it serves has saved and ends it.
+
+    That may end it by SIGTERM, too: the second one counts.
+    """
     for number in (signal.SIGINT, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))

@@ -1,7 +1,7 @@
 """All samples of one split, numbered in the order of the shards: one table on disk, mapped by every process.
 
-1,281,167 samples are 90 MB, shared by the ranks and workers of a node and loaded where they are touched;
-as lists in each process they would be 400 MB and two seconds (benchmarks.md).
+1,281,167 samples are 68 MB and more with longer keys, shared by the ranks and workers of a node and loaded
+where they are touched.
 """
 
 from __future__ import annotations
@@ -50,9 +50,12 @@ class Split:
 
     def __init__(self, name: str, root: str, entries: Sequence[ShardEntry], table: Path):
         self.name, self.root, self.entries, self._table = name, root, list(entries), table
+        self._version = _version(table)
         self._map()
 
     def _map(self) -> None:
+        if _version(self._table) != self._version:
+            raise DataError(f"{self._table} was made anew while it is in use; start the run again to go on with it")
         samples = np.load(self._table, mmap_mode="r", allow_pickle=False)
         self.shard_S: NDArray[np.int32] = samples["shard"]
         self.label_S: NDArray[np.int32] = samples["label"]
@@ -79,11 +82,18 @@ class Split:
         return f"{self.root}/{self.entries[int(self.shard_S[sample])].shard}"
 
     def __getstate__(self) -> dict[str, object]:
-        return {"name": self.name, "root": self.root, "entries": self.entries, "_table": self._table}
+        return {"name": self.name, "root": self.root, "entries": self.entries, "_table": self._table,
+                "_version": self._version}  # fmt: skip
 
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
         self._map()  # a worker maps the same pages instead of copying them
+
+
+def _version(path: Path) -> tuple[int, int, int]:
+    """What tells a file from another one that took its place."""
+    status = path.stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def open_split(root: str, directory: Path, manifest: Manifest, name: str, num_classes: int) -> Split:
@@ -94,9 +104,10 @@ def open_split(root: str, directory: Path, manifest: Manifest, name: str, num_cl
     try:
         sound = file_sha256(path) == manifest.samples.get(name)
     except OSError as error:
-        raise DataError(f"{path}: {error.strerror}; index the shards again") from None
+        raise DataError(f"{path}: {error.strerror}; run `pipeline shards index {root}`") from None
     if not sound:
-        raise DataError(f"{path}: damaged, or of another data set than dataset.json; index the shards again")
+        raise DataError(f"{path}: damaged, or of another data set than dataset.json; run `pipeline shards "
+                        f"index {root}`")  # fmt: skip
     split = Split(name, root, manifest.splits[name], path)
     outside_S = np.flatnonzero((split.label_S < 0) | (split.label_S >= num_classes))
     if len(outside_S):

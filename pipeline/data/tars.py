@@ -54,7 +54,7 @@ def members(file: IO[bytes], where: str, remedy: str = "fetch it again") -> Iter
                 if member.isfile():
                     yield Member(member.name, member.offset, member.offset_data, member.size)
             end = tar.offset
-    except tarfile.TarError as error:
+    except (tarfile.TarError, ValueError, OverflowError, OSError) as error:  # numbers in a damaged header, too
         raise DataError(f"{where}: tar header at byte {end}: {error}; {remedy}") from None
     file.seek(end)
     block = file.read(BLOCK)
@@ -90,7 +90,12 @@ def read_dali_index(path: Path) -> set[tuple[str, int, int]]:
 
 
 def dali_index(samples: list[list[Member]]) -> str:
-    """The text of a DALI index, v1.2: a sample a line, suffix, offset, size and name of each of its members."""
+    """The text of a DALI index, v1.2: a sample a line, suffix, offset, size and name of each of its members.
+
+    Whitespace parts its columns, so that names which hold some cannot be read back: the text is then empty.
+    """
+    if any(character.isspace() for sample in samples for member in sample for character in member.name):
+        return ""
     lines = [f"v1.2 {len(samples)}"]
     for sample in samples:
         words = []

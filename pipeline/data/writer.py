@@ -42,6 +42,7 @@ from pipeline.data.source import Sample, Source
 from pipeline.data.sources import DIGITS, digits, open_source, read
 from pipeline.data.split import table_path, write_table
 from pipeline.data.spool import remove_spool, spool
+from pipeline.data.tars import dali_index
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,10 +177,10 @@ def _write_shard(job: Job) -> int:
             file.flush()
             os.fsync(file.fileno())
         with temporary.open("rb") as written:
-            index, offsets = index_shard(written, path.name, job.plan)
+            index, samples = index_shard(written, path.name, job.plan)
         index_path(path).unlink(missing_ok=True)
         temporary.replace(path)
-        write_atomically(path.with_suffix(".idx"), offsets.encode())
+        write_atomically(path.with_suffix(".idx"), dali_index(samples).encode())
         write_index(path, index)
     except (OSError, zipfile.BadZipFile) as error:
         raise DataError(f"{path}: {error}; what is written stays, the same command goes on from there") from None

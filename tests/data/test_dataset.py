@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import tarfile
@@ -151,7 +152,7 @@ def test_a_compressed_tar_that_is_called_tar_is_refused_too(tmp_path):
 def test_a_dali_index_is_written_and_one_that_differs_is_refused(tmp_path):
     shard = write_tar(tmp_path / "train-0.tar", timm_sample(0, 1) + timm_sample(1, 0))
     opened(tmp_path)
-    first, *lines = (tmp_path / "train-0.idx").read_text().splitlines()
+    first, *lines = (tmp_path / ".pipeline" / "train-0.idx").read_text().splitlines()
     assert first == "v1.2 2"
     raw = shard.read_bytes()
     for line, number in zip(lines, range(2), strict=True):
@@ -159,6 +160,7 @@ def test_a_dali_index_is_written_and_one_that_differs_is_refused(tmp_path):
         assert [words[i] for i in range(0, len(words), 4)] == ["cls", "jpg", "json"]
         offset, size = int(words[5]), int(words[6])
         assert raw[offset : offset + size] == noise_image(number, 20, 18, "JPEG")
+    shutil.copy(tmp_path / ".pipeline" / "train-0.idx", tmp_path)  # as its publisher would give it
     write_tar(shard, timm_sample(0, 1))  # a shorter one under the same name, as a broken download leaves
     with pytest.raises(DataError, match=r"train-0\.idx lists 6 members, of which 3 are among the 3 of train-0\.tar"):
         open_dataset(Location(str(tmp_path)), again=True, **quiet)
@@ -185,6 +187,11 @@ def test_an_energon_index_that_differs_is_refused(tmp_path):
         ([("0.cls", b"1")], "sample 0 has no image of jpg, jpeg, png, webp"),
         ([("0.jpg", b"x"), ("0.png", b"x"), ("0.cls", b"1")], r"sample 0 has 2 images \(0\.jpg, 0\.png\)"),
         ([("0.jpg", b"x"), ("0.cls", b"-1")], "label -1 of 0 is negative"),
+        ([("0.jpg", b"x"), ("0.json", b'{"label": 1.9}')], "label 1.9, which is no whole number"),
+        ([("0.jpg", b"x"), ("0.json", b'{"label": true}')], "label True, which is no whole number"),
+        ([("0.jpg", b"x"), ("0.json", b'{"label": Infinity}')], "label inf, which is no whole number"),
+        ([("0.jpg", b"x"), ("0.json", b"[" * 100_000)], r"0\.json is no JSON"),
+        ([("0.jpg", b"x"), ("0.cls", b"300000000")], "label 300000000 of 0 is no class; labels count"),
         ([*timm_sample(0, 1), *timm_sample(1, 1), timm_sample(0, 1)[0]], "members of n00000001_0 do not lie side by"),
         ([("README", b"x")], "holds no image"),
         ([("0.jpg", b"x"), ("0.json", b'{"label": 0, "class": "a"}'), ("1.jpg", b"x"),
@@ -223,15 +230,10 @@ def test_shards_that_may_only_be_read_are_indexed_in_the_cache(tmp_path, monkeyp
     before = {path: path.read_bytes() for path in root.iterdir()}
     access = os.access
     monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK and access(path, mode))
-    monkeypatch.setattr("pipeline.data.indexing.write_atomically", _refused)
     dataset = opened(root, cache=str(tmp_path / "cache"))
     assert dataset.manifest.count("train") == 21
     assert dataset.directory.is_relative_to(tmp_path / "cache")
     assert {path: path.read_bytes() for path in root.iterdir()} == before
-
-
-def _refused(path: Path, content: bytes) -> None:
-    raise PermissionError(13, "Permission denied", str(path))
 
 
 def test_an_interrupted_index_goes_on_where_it_stopped(tmp_path):
@@ -307,3 +309,60 @@ def test_of_windows_no_more_shards_stay_open_than_are_read(tmp_path):
     for sample in range(21):
         stream.read(sample)
     assert len(stream._files) == 2
+
+
+def test_shards_that_were_changed_on_purpose_are_indexed_again(tmp_path):
+    root = timm_tree(tmp_path, info=False)
+    opened(root)
+    write_tar(root / "imagenet1k-train-0002.tar", [m for i in range(30) for m in timm_sample(i, i % 5)])
+    again = open_dataset(Location(str(root)), again=True, **quiet)
+    again.check_shards()
+    assert again.manifest.count("train") == 44
+
+
+def test_names_with_spaces_are_indexed_and_indexed_again(tmp_path):
+    members = [(name.replace("n", "a n"), content) for name, content in timm_sample(0, 1)]
+    write_tar(tmp_path / "train-0.tar", members)
+    for again in (False, True):
+        assert open_dataset(Location(str(tmp_path)), again=again, **quiet).manifest.count("train") == 1
+
+
+def test_shards_of_like_names_do_not_take_each_others_index(tmp_path):
+    write_tar(tmp_path / "train/0.tar", timm_sample(0, 1))
+    write_tar(tmp_path / "train__0.tar", timm_sample(1, 2) + timm_sample(2, 3))
+    dataset = opened(tmp_path)
+    assert labels_by_key(dataset, "train") == {"n00000001_0": 1, "n00000002_1": 2, "n00000003_2": 3}
+    assert [e.count for e in dataset.manifest.splits["train"]] == [1, 2]
+
+
+def test_lost_tables_of_a_packed_set_are_made_anew(shards, tmp_path):
+    copy = Path(shutil.copytree(shards, tmp_path / "copy"))
+    (copy / "train.samples.npy").unlink()
+    with pytest.raises(DataError, match=r"run `pipeline shards index"):
+        opened(copy).split("train")
+    again = open_dataset(Location(str(copy)), again=True, **quiet)
+    assert len(again.split("train")) == 130
+    assert (copy / "train.samples.npy").read_bytes() == (shards / "train.samples.npy").read_bytes()
+
+
+def test_a_table_that_is_made_anew_while_it_is_in_use_is_refused_by_those_who_come_later(tmp_path):
+    root = timm_tree(tmp_path, info=False)
+    split = pickle.dumps(opened(root).split("train"))
+    write_tar(root / "imagenet1k-train-0000.tar", timm_sample(99, 1))
+    open_dataset(Location(str(root)), again=True, **quiet)
+    with pytest.raises(DataError, match="was made anew while it is in use; start the run again"):
+        pickle.loads(split)
+
+
+@pytest.mark.parametrize("field", [(124, b"x" * 8), (124, b"\xff" * 12), (345, b"\xff" * 100)])
+def test_no_damaged_header_is_a_traceback(tmp_path, field):
+    shard = write_tar(tmp_path / "train-0.tar", timm_sample(0, 1) + timm_sample(1, 0))
+    raw, (place, content) = bytearray(shard.read_bytes()), field
+    header = raw[1024 : 1024 + 512]
+    header[place : place + len(content)] = content
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)  # a checksum that fits
+    raw[1024 : 1024 + 512] = header
+    shard.write_bytes(raw)
+    with pytest.raises(DataError, match=r"train-0\.tar"):
+        opened(tmp_path)

@@ -1,3 +1,4 @@
+import contextlib
 import io
 import os
 
@@ -124,6 +125,27 @@ def test_a_scaled_region_is_near_the_whole_image_decoded_cropped_and_resized():
     difference = np.abs(resized(scaled, 100).astype(int) - exact)
     assert difference.mean() < 1
     assert difference.max() <= 8
+
+
+def test_a_legal_sampling_that_the_decoder_does_not_know_is_pillows_to_judge():
+    payload = bytearray(photograph(1, 64, 64, "4:2:0", False, False))
+    place = payload.index(b"\xff\xc0") + 11  # the sampling factors of the first component
+    assert payload[place] == 0x22
+    payload[place] = 0x14
+    with contextlib.suppress(DecodeError):
+        assert decode(bytes(payload)).shape == (64, 64, 3)
+
+
+def test_a_run_may_be_held_to_decode_the_whole_image():
+    payload = photograph(1, 200, 160, "4:2:0", False, False)
+    calls = []
+    if module.jpeg_region is not None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(module.simplejpeg, "decode_jpeg", lambda *a, **k: calls.append(1) or np.zeros((160, 200, 3)))
+            decode_region(payload, lambda *shape: (0, 0, 40, 8), 8, module.REGIONS)
+            assert calls == []
+            decode_region(payload, lambda *shape: (0, 0, 40, 8), 8, module.WHOLE)
+            assert calls == [1]
 
 
 def test_a_cut_image_is_damaged_wherever_the_region_lies():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -130,6 +131,22 @@ def test_workers_start_once_and_serve_every_epoch():
     list(loader)
     list(loader.population_batches(16))
     assert [process.pid for process in loader.workers._loader._iterator._workers] == pids
+
+
+def test_whoever_counts_the_batches_keeps_no_worker_busy():
+    """Lightning knows how many there are and never asks for the end."""
+    (loader,) = ranks_of((20, 20), 1, 1, global_batch_size=8)
+    epoch = iter(loader)
+    for _ in range(len(loader)):
+        next(epoch)
+    (pid,) = [process.pid for process in loader.workers._loader._iterator._workers]
+    assert len(list(loader.population_batches(16))) == 2
+    assert [process.pid for process in loader.workers._loader._iterator._workers] == [pid]
+    assert len(multiprocessing.active_children()) == 1
+    following = iter(loader)
+    next(following)
+    epoch.close()  # the former iteration, given up late, frees nothing of this one
+    assert loader.workers._running is not None
 
 
 def test_an_iteration_inside_another_has_processes_of_its_own():
