@@ -330,7 +330,7 @@ def _train_here(config: Config) -> int:
         said = leave_verdict(failure)  # our launcher says it, once
         if world.rank if said else world.leads or not failure.shared:
             print(f"pipeline: {_with_way_on(failure, config)}", file=sys.stderr)
-        return failure.code
+        sys.exit(failure.code)  # not returned: a failed start counts as one, whatever its code
     return DONE
 
 

@@ -320,11 +320,11 @@ def _losses(run: Assembly) -> Losses:
 def explained(run: Assembly, watchdog: Watchdog) -> Iterator[None]:
     """Watch what runs inside, and say of its failures what they are. Raises FailedRunError for those it knows."""
     config, logs = run.config, run.config.directory / "logs"
-    failed = True
+    failed = False  # of itself, so that the others may not know
     try:
         yield
-        failed = False
     except Exception as error:
+        failed = True
         if type(error).__module__.startswith("pipeline"):  # it says itself what it is
             failed = not isinstance(error, InterruptedRunError | FailedRunError)
             raise

@@ -97,7 +97,9 @@ class Losses(lightning.Callback):
             dist.all_reduce(mean)
             mean /= self.world
         known = (~self._ring.isnan()).sum()
-        spike = (known >= FEWEST) & (mean > self.spike_factor * self._ring.nanmedian())
+        # By sorting, what is no number comes last: torch has no deterministic median of its own on every device.
+        median = self._ring.sort().values.take((known - 1).clamp(min=0) // 2)
+        spike = (known >= FEWEST) & (mean > self.spike_factor * median)
         kept = torch.where(spike | ~torch.isfinite(mean), torch.nan, mean)
         self._ring[self._step % WINDOW] = kept
         return spike
