@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from pipeline.config import Config
     from pipeline.data.dataset import Dataset
     from pipeline.data.description import SplitFacts
+    from pipeline.launch.failure import FailedRunError
     from pipeline.world import World
 
 DONE, FAILED, USAGE, BAD_DATA, RESUMABLE = 0, 1, 2, 3, 75
@@ -32,6 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = _code_of(error)
         if code is None:
             raise
+        if code == RESUMABLE and verb is evaluate:
+            code = FAILED  # nothing is kept of an evaluation
         print(f"pipeline: {_line_of(error)}", file=sys.stderr)
         return code
 
@@ -51,17 +54,25 @@ def train(options: argparse.Namespace) -> int:
         print(to_yaml(config), end="")
         return DONE
     from pipeline.data.shards import MANIFEST, write_atomically
+    from pipeline.launch.failure import FailedRunError
     from pipeline.launch.lock import locked
     from pipeline.launch.plan import CONFIG, named, open_run
 
     config, dataset = settle(config)
     config = named(config)
     with locked(config.directory):
-        config = open_run(config)
-        write_atomically(config.directory / MANIFEST, (dataset.directory / MANIFEST).read_bytes())
-        if config.world == 1:
-            return _noted(config, lambda: _train_here(config))
-        return _noted(config, lambda: _launch_here(config, ["train", str(config.directory / CONFIG)]))
+        while True:
+            config = open_run(config)
+            write_atomically(config.directory / MANIFEST, (dataset.directory / MANIFEST).read_bytes())
+            words = ["train", str(config.directory / CONFIG)]
+            try:
+                if config.world == 1:
+                    return _noted(config, lambda: _train_here(config))  # noqa: B023  (called at once)
+                return _noted(config, lambda: _launch_here(config, words, dataset))  # noqa: B023
+            except FailedRunError as failure:
+                if not failure.restart:
+                    raise _with_way_on(failure, config) from None
+                print(f"pipeline: {failure}", file=sys.stderr)
 
 
 def evaluate(options: argparse.Namespace) -> int:
@@ -340,6 +351,7 @@ def _train_here(config: Config) -> int:
 
     from pipeline import run
     from pipeline.callbacks.preemption import InterruptedRunError
+    from pipeline.launch.failure import FailedRunError, leave_verdict
     from pipeline.world import World
 
     world = World.from_environment()
@@ -352,7 +364,28 @@ def _train_here(config: Config) -> int:
                 f"pipeline: {interruption}; go on with: pipeline train {config.directory}/config.yaml", file=sys.stderr
             )
         return RESUMABLE
+    except FailedRunError as failure:
+        if config.world == 1:
+            raise
+        said = leave_verdict(failure)  # our launcher says it, once
+        if world.rank if said else world.leads or not failure.shared:
+            print(f"pipeline: {_with_way_on(failure, config)}", file=sys.stderr)
+        sys.exit(failure.code)  # not returned: a failed start counts as one, whatever its code
     return DONE
+
+
+def _with_way_on(failure: FailedRunError, config: Config) -> FailedRunError:
+    """The same, with the command that goes on or the place of the logs."""
+    from pipeline.launch.failure import AGAIN, FailedRunError
+    from pipeline.launch.plan import newest_step
+
+    if failure.code != AGAIN:
+        return FailedRunError(f"{failure}; logs: {config.directory / 'logs'}", code=failure.code)
+    step = newest_step(config.directory)
+    begin = f"from step {step}" if step else "from the beginning, there is no checkpoint yet,"
+    return FailedRunError(
+        f"{failure}; go on {begin} with: pipeline train {config.directory}/config.yaml", code=failure.code
+    )
 
 
 def _train_launched(config: Config) -> int:
@@ -405,7 +438,7 @@ def _agree(config: Config, world: World) -> None:
         )
 
 
-def _launch_here(config: Config, arguments: list[str]) -> int:
+def _launch_here(config: Config, arguments: list[str], dataset: Dataset | None = None) -> int:
     from pipeline.config import ConfigError
     from pipeline.launch.local import run_processes
 
@@ -420,6 +453,25 @@ def _launch_here(config: Config, arguments: list[str]) -> int:
         threads=config.trainer.threads,
         logs=config.directory / "logs",
         lead_seconds=config.cluster.lead_seconds,
+        name=lambda rank, epoch, number: _sample_names(config, dataset)(rank, epoch, number) if dataset else [],
+    )
+
+
+def _sample_names(config: Config, dataset: Dataset) -> Callable[[int, int, int], list[str]]:
+    from pipeline.data.images import open_images
+    from pipeline.data.loader import Batching, sample_names
+
+    data = config.data
+    images = open_images(dataset, "train", data.num_classes, data.window)
+    return sample_names(
+        images.split,
+        Batching(
+            data.global_batch_size,
+            data.micro_batch_size,
+            world=config.world,
+            seed=config.seed,
+            window=data.window,
+        ),
     )
 
 
@@ -468,6 +520,8 @@ def _code_of(error: Exception) -> int | None:
         return FAILED  # of an evaluation: nothing is kept; `train` answers its own with 75
     if names & {"LockedError", "CheckpointError"}:
         return FAILED
+    if "FailedRunError" in names:
+        return int(error.code)  # type: ignore[attr-defined]
     return USAGE if "ConfigError" in names else BAD_DATA if "DataError" in names else None
 
 

@@ -146,6 +146,9 @@ class TrainerConfig:
     checkpoint_every_steps: int = 0  # besides one after each epoch; 0 = none besides
     checkpoint_every_minutes: float = 10.0  # since the last one, by the leading rank's clock; 0 = never for that
     keep_checkpoints: int = 2  # newest ones kept, besides the best
+    on_nan: str = "stop"  # a loss that is no number, or a spike: stop, or skip (go back to the newest checkpoint, and
+    # never train on that global batch: RUN/skipped.jsonl)
+    spike_factor: float = 0.0  # times the median loss of the last 64 steps that count as a spike; 0 = none do
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,6 +161,8 @@ class ClusterConfig:
     workers: int = -1  # decoding processes a rank; 0 = decode in the training process; -1 = 0 on CPU, on CUDA a
     # core less than the node has for each rank
     timeout_minutes: float = 10.0  # a collective that takes longer ends the run
+    hang_seconds: float = 40.0  # without any move, after which a rank is named; half as long again, and all end (3.5
+    # times as long where it reads or writes). Never less than 3 times the longest seen; 0 = no watch
     lead_seconds: float = 120.0  # between a signal and the end by force: time for the last checkpoint
 
 
@@ -208,6 +213,8 @@ CIRCUMSTANCE = (
     "run.", "cluster.", "tracking.", "ledger", "data.root", "data.source", "data.micro_batch_size",
     "data.train", "data.val", "data.cache", "data.bad_samples", "trainer.max_epochs", "trainer.max_steps",
     "trainer.validate_every_epochs", "trainer.checkpoint_every_", "trainer.keep_checkpoints",
+    # What to do with a batch that ruins the run is asked after it did: what was skipped is on record in the run.
+    "trainer.on_nan", "trainer.spike_factor",
 )  # fmt: skip
 
 
@@ -311,6 +318,7 @@ def checked(config: Config) -> Config:
     _choice("augment.photometric", c.augment.photometric, ("full", "reduced", "none"))
     _choice("trainer.precision", c.trainer.precision, ("32", "bf16", "64"))
     _choice("data.decoder", c.data.decoder, ("", "regions", "whole"))
+    _choice("trainer.on_nan", c.trainer.on_nan, ("stop", "skip"))
     _choice("cluster.accelerator", c.cluster.accelerator, ("auto", "cpu", "cuda"))
     _choice("tracking.mode", c.tracking.mode, ("auto", "online", "offline", "disabled"))
     flat = _flat(dataclasses.asdict(c))
@@ -335,6 +343,9 @@ def checked(config: Config) -> Config:
             f"norm.group_size = {size} does not divide the world of {c.world} ranks; "
             f"choose one of {divisors}, or 0 for all"
         )
+    if c.trainer.spike_factor and c.trainer.spike_factor <= 1:
+        raise ConfigError(f"trainer.spike_factor = {c.trainer.spike_factor} would take every loss for a spike; it must "
+                          "be above 1, or 0 for none")  # fmt: skip
     if c.trainer.max_epochs < 0 and c.trainer.max_steps < 0:
         raise ConfigError("trainer.max_epochs and trainer.max_steps are both -1, the run would not end; set one")
     if os.sep in c.run.id or c.run.id in (".", ".."):
@@ -350,6 +361,7 @@ _LEAST = {
     "trainer.max_steps": -1, "trainer.threads": 0, "trainer.validate_every_epochs": 0,
     "trainer.checkpoint_every_steps": 0, "trainer.checkpoint_every_minutes": 0, "trainer.keep_checkpoints": 1,
     "run.stalled_starts": 0, "cluster.nodes": 1, "cluster.devices": 1, "cluster.lead_seconds": 1,
+    "cluster.hang_seconds": 0, "trainer.spike_factor": 0,
     "cluster.workers": -1, "tracking.every_steps": 1,
 }  # fmt: skip
 _POSITIVE = (

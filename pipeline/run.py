@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import socket
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -31,11 +32,13 @@ from pipeline import models
 from pipeline.callbacks.bad_samples import BadSamples
 from pipeline.callbacks.journal import Journal
 from pipeline.callbacks.ledger import Ledger
+from pipeline.callbacks.losses import Losses
 from pipeline.callbacks.population import Population
 from pipeline.callbacks.preemption import InterruptedRunError, Preemption
 from pipeline.callbacks.progress import ProgressReport
 from pipeline.callbacks.throughput import Throughput
 from pipeline.callbacks.tracking import Reporter, Tracking, TrackingError, WandbPlace, WandbReporter
+from pipeline.callbacks.watchdog import Watchdog, connection_broke, note_traceback
 from pipeline.config import Config, ConfigError, completed, read_config
 from pipeline.data.augment import Augmentation, CentreCrop, Preparation
 from pipeline.data.batch import micro_batches
@@ -47,7 +50,9 @@ from pipeline.data.order import SORTED, WELL_MIXED, Order, shard_mixing, shuffle
 from pipeline.data.shards import DataError
 from pipeline.evaluation.metrics import Scores
 from pipeline.launch.environment import LaunchedEnvironment
+from pipeline.launch.failure import FailedRunError
 from pipeline.launch.plan import note_start, read_record
+from pipeline.launch.pulse import Pulse, pulse_path
 from pipeline.models.registry import MODELS
 from pipeline.norm import SyncBatchNorm, convert
 from pipeline.training.checkpoint import Checkpoints, newest
@@ -55,6 +60,7 @@ from pipeline.training.checkpoint_io import CheckpointFiles
 from pipeline.training.classifier import Classifier
 from pipeline.training.loss import Loss
 from pipeline.training.schedule import Schedule
+from pipeline.training.shortage import Appetite, shortage
 from pipeline.world import World
 
 _NEVER = 2**31
@@ -229,7 +235,7 @@ def go_on(directory: Path, world: World, console: Console, overrides: Sequence[s
 
 
 def train(config: Config, world: World, console: Console) -> Scores | None:
-    """Train to the end, from the newest checkpoint if there is one. Raises InterruptedRunError, DataError."""
+    """Train to the end, from the newest checkpoint if there is one. Raises InterruptedRun-, FailedRun-, DataError."""
     run = assemble(config, world)
     record = read_record(config.directory)
     say = partial(console.print, highlight=False, soft_wrap=True)
@@ -253,7 +259,17 @@ def train(config: Config, world: World, console: Console) -> Scores | None:
         images=run.classifier.schedule.images,
         reporters=reporters,
     )
-    callbacks = [run.throughput, Population(run.data.train_loader, config.norm.precise_images), tracking]
+    watchdog, losses = _watchdog(run, console), _losses(run)
+
+    def before_a_save(trainer: lightning.Trainer) -> None:
+        watchdog.pulse.move("checkpoint")
+        losses.check(trainer)
+
+    run.checkpoints.before = before_a_save
+    population = Population(
+        run.data.train_loader, config.norm.precise_images, on_batch=partial(watchdog.pulse.move, "statistics")
+    )
+    callbacks = [run.throughput, population, tracking]
     callbacks += [progress] if world.leads else []
     if config.ledger:
         callbacks.append(Ledger(config.directory / "ledger", rank=world.rank, keys=run.data.keys))
@@ -263,13 +279,14 @@ def train(config: Config, world: World, console: Console) -> Scores | None:
     preemption = Preemption(
         run.checkpoints,
         bad_samples,
+        losses,
         timeout=timedelta(minutes=config.cluster.timeout_minutes),
         on_interruption=partial(_tell_of_interruption, reporters),
     )
-    callbacks += [bad_samples, run.checkpoints, preemption]
+    callbacks += [bad_samples, losses, run.checkpoints, preemption, watchdog]
     trainer = build_trainer(run, callbacks)
     try:
-        with interruptible():
+        with interruptible(), explained(run, watchdog):
             trainer.fit(run.classifier, datamodule=run.data, ckpt_path=start, weights_only=True)
             if tracking.validated_step != trainer.global_step:
                 trainer.validate(run.classifier, datamodule=run.data, verbose=False)
@@ -283,6 +300,72 @@ def train(config: Config, world: World, console: Console) -> Scores | None:
     if world.leads:
         _summarize(run, trainer.global_step, console)
     return run.classifier.scores
+
+
+def _watchdog(run: Assembly, console: Console) -> Watchdog:
+    config, world = run.config, run.world
+    return Watchdog(
+        Pulse(pulse_path(world.rank)),
+        rank=world.rank,
+        world=world.size,
+        host=socket.gethostname(),
+        hang_seconds=config.cluster.hang_seconds,
+        first_seconds=max(config.cluster.timeout_minutes * 60 / 2, config.cluster.hang_seconds),
+        logs=config.directory / "logs",
+        name=run.data.names,
+        hint=f"go on with: pipeline train {config.directory}/config.yaml",
+        say=partial(console.print, highlight=False, soft_wrap=True),
+    )
+
+
+def _losses(run: Assembly) -> Losses:
+    config, world = run.config, run.world
+    return Losses(
+        config.directory,
+        rank=world.rank,
+        world=world.size,
+        host=socket.gethostname(),
+        on_nan=config.trainer.on_nan,
+        spike_factor=config.trainer.spike_factor,
+        steps=run.data.train_loader.steps,
+        pieces=run.data.batching.pieces,
+        name=run.data.names,
+    )
+
+
+@contextmanager
+def explained(run: Assembly, watchdog: Watchdog) -> Iterator[None]:
+    """Watch what runs inside, and say of its failures what they are. Raises FailedRunError for those it knows."""
+    config, logs = run.config, run.config.directory / "logs"
+    failed = False  # of itself, so that the others may not know
+    try:
+        yield
+    except Exception as error:
+        failed = True
+        if type(error).__module__.startswith("pipeline"):  # it says itself what it is
+            failed = not isinstance(error, InterruptedRunError | FailedRunError)
+            raise
+        said = shortage(error, _appetite(config, run.world))
+        if not said and not connection_broke(error):
+            raise
+        log = note_traceback(logs, run.world.rank, error)
+        if said:
+            raise FailedRunError(f"rank {run.world.rank} of {run.world.size} on {socket.gethostname()}: {said} "
+                                 f"(all of it in {log})") from None  # fmt: skip
+        failed = False
+        raise watchdog.lost(error) from None
+    finally:
+        watchdog.stop(failed=failed)
+
+
+def _appetite(config: Config, world: World) -> Appetite:
+    return Appetite(
+        images=-(-micro_batch_images(config, world.size) // world.size),
+        image_size=config.data.image_size,
+        width=config.model.width,
+        precision=config.trainer.precision,
+        workers=_workers(config),
+    )
 
 
 def _tell_of_interruption(reporters: list[Reporter]) -> None:

@@ -122,6 +122,11 @@ def test_statistics_may_be_those_of_a_node():
     assert config.norm.group_size == "node"
 
 
+def test_what_counts_as_a_spike_is_above_the_median():
+    assert "must be above 1, or 0 for none" in refused("trainer.spike_factor=0.5")
+    assert "choose one of ['stop', 'skip']" in refused("trainer.on_nan=ignore")
+
+
 def test_a_run_needs_an_end():
     assert "the run would not end" in refused("trainer.max_epochs=-1")
 
@@ -130,7 +135,8 @@ def test_identity_and_circumstance_are_told_apart():
     old = compose_config(["recipe=bn_x5", "data=digits"])
     elsewhere = compose_config(
         ["cluster.devices=4", "cluster.workers=2", "trainer.max_epochs=99", "tracking.mode=disabled", "ledger=true",
-         "data.micro_batch_size=4", "run.dir=/elsewhere", "data.root=/other"]
+         "data.micro_batch_size=4", "run.dir=/elsewhere", "data.root=/other", "trainer.on_nan=skip",
+         "trainer.spike_factor=10", "cluster.hang_seconds=0"]
     )  # fmt: skip
     assert differences(elsewhere, old) == []
     other = differences(compose_config(["seed=1", "optimizer.rate=0.1", "data.global_batch_size=64"]), old)

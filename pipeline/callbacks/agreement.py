@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -59,6 +60,15 @@ class Agreement:
         sums = self._arrived()
         assert sums is not None
         return sums
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's plain value, in the order of ranks; waited for."""
+        if self._group is None:
+            return [value]
+        self._arrived()
+        values: list[Any] = [None] * dist.get_world_size(self._group)
+        dist.all_gather_object(values, value, group=self._group)
+        return values
 
     def _start(self, values: list[float], step_seconds: float) -> None:
         self._sums = torch.tensor([*values, step_seconds], dtype=torch.float64)

@@ -32,7 +32,8 @@ class Ledger(lightning.Callback):
         batch: Batch,
         batch_idx: int,
     ) -> None:
-        self._samples += batch.sample_N.tolist()
+        if not getattr(pl_module, "skips", False):  # what was skipped was not trained on
+            self._samples += batch.sample_N.tolist()
         if trainer.global_step > self._step:
             self._step = trainer.global_step
             line = {"epoch": trainer.current_epoch, "step": self._step, "keys": self.keys_of(self._samples)}

@@ -13,8 +13,8 @@ from typing import Any
 
 import lightning
 
-from pipeline.callbacks.agreement import Agreement
 from pipeline.callbacks.bad_samples import BadSamples
+from pipeline.callbacks.losses import Losses
 from pipeline.data.shards import DataError
 from pipeline.training.checkpoint import Checkpoints, ends_epoch
 
@@ -32,13 +32,14 @@ class Preemption(lightning.Callback):
         self,
         checkpoints: Checkpoints,
         bad_samples: BadSamples,
+        losses: Losses,
         *,
         timeout: timedelta,
         on_interruption: Callable[[], object] = lambda: None,
     ):
-        self.checkpoints, self.bad_samples = checkpoints, bad_samples
+        self.checkpoints, self.bad_samples, self.losses = checkpoints, bad_samples, losses
         self.timeout, self.on_interruption = timeout, on_interruption
-        self.agreement = Agreement()
+        self.agreement = losses.agreement
         self.signal: int | None = None
         self._step = 0
 
@@ -60,7 +61,9 @@ class Preemption(lightning.Callback):
         sums = self.agreement.ask(self._values(trainer))
         if sums is None:
             return
-        signals, bad, due = sums
+        signals, bad, due, unsound = sums
+        if unsound:
+            self.losses.refuse(trainer)
         try:
             self.bad_samples.check(round(bad))
         except DataError:
@@ -73,7 +76,7 @@ class Preemption(lightning.Callback):
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         # The checkpoint of the epoch's end is on its way already: Checkpoints comes before us.
-        signals, bad, _ = self.agreement.settle(self._values(trainer))
+        signals, bad, *_ = self.agreement.settle(self._values(trainer))
         self.bad_samples.check(round(bad))
         if signals and not trainer.fit_loop.done:
             self.on_interruption()
@@ -96,7 +99,7 @@ class Preemption(lightning.Callback):
 
     def _values(self, trainer: lightning.Trainer) -> list[float]:
         due = trainer.is_global_zero and self.checkpoints.due()
-        return [float(self.signal is not None), float(self.bad_samples.count), float(due)]
+        return [float(self.signal is not None), float(self.bad_samples.count), float(due), float(self.losses.unsound())]
 
     def _note(self, number: int, frame: object) -> None:
         if self.signal == signal.SIGINT == number:  # a second Ctrl-C: at once

@@ -10,7 +10,16 @@ import lightning
 from pipeline.data.augment import Augmentation, CentreCrop
 from pipeline.data.dataset import Dataset
 from pipeline.data.images import open_images
-from pipeline.data.loader import Batching, EvaluationLoader, Items, TrainLoader, TrainShares, Workers, open_evaluation
+from pipeline.data.loader import (
+    Batching,
+    EvaluationLoader,
+    Items,
+    TrainLoader,
+    TrainShares,
+    Workers,
+    open_evaluation,
+    sample_names,
+)
 from pipeline.data.read_ahead import ReadAhead
 from pipeline.data.split import Split
 
@@ -36,6 +45,7 @@ class ImageData(lightning.LightningDataModule):
         ahead = ReadAhead(dataset.cache, train.split, shares.order) if dataset.cache else None
         self.train_loader = TrainLoader(workers, digest=dataset.manifest.digest, read_ahead=ahead)
         self.val_loader = EvaluationLoader(workers)
+        self.names = sample_names(train.split, batching)
 
     def __len__(self) -> int:
         """Micro-batches of a training epoch."""

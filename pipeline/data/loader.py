@@ -25,6 +25,7 @@ from pipeline.data.keyed_random import mixed
 from pipeline.data.order import Order
 from pipeline.data.read_ahead import ReadAhead
 from pipeline.data.shards import DataError
+from pipeline.data.split import Split
 
 _AUGMENT = 3  # what a key is for; order.py has 1, 2 and 5, images.py 4
 _POPULATION_EPOCH = -1
@@ -58,6 +59,24 @@ class Place(NamedTuple):
 Item = tuple[Batch, list[Fault]]
 
 
+def planned(order: Order, batching: Batching, epoch: int, number: int, rank: int) -> list[int]:
+    """Samples that a rank has of the number-th micro-batch of an epoch; where one is bad, another stands in for it."""
+    b = batching
+    step, piece = divmod(number, b.pieces)
+    places = rank_places(b.global_batch_size, b.pieces, piece, b.world, rank)
+    return [order.sample(epoch, step * b.global_batch_size + place) for place in places]
+
+
+def sample_names(split: Split, batching: Batching) -> Callable[[int, int, int], list[str]]:
+    """Keys of the samples that (rank, epoch, number of the micro-batch) has, for messages; safe in any thread."""
+
+    def names(rank: int, epoch: int, number: int) -> list[str]:
+        order = Order(split.shard_counts, seed=batching.seed, window=batching.window)
+        return [split.key(sample) for sample in planned(order, batching, epoch, number, rank)]
+
+    return names
+
+
 class TrainShares:
     """A rank's share of every micro-batch of every epoch."""
 
@@ -67,9 +86,7 @@ class TrainShares:
 
     def load(self, epoch: int, number: int) -> Item:
         b = self.batching
-        step, piece = divmod(number, b.pieces)
-        places = rank_places(b.global_batch_size, b.pieces, piece, b.world, b.rank)
-        ordered = [self.order.sample(epoch, step * b.global_batch_size + place) for place in places]
+        ordered = planned(self.order, b, epoch, number, b.rank)
         keys = [mixed(b.seed, epoch, sample, _AUGMENT) for sample in ordered]
         faults: list[Fault] = []
         pixels, samples = [], []

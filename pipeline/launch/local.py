@@ -8,12 +8,17 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from pipeline.launch.failure import FailedRunError, NameSamples, death, read_verdict, where_in_run
+from pipeline.launch.pulse import PULSES, read_place
+
 LAUNCHER = "PIPELINE_LAUNCHER"  # set for our ranks: the run's directory is held by the process that started them
 _GRACE_SECONDS = 15.0  # what the others get to notice that one has died
+_KILLED_GRACE_SECONDS = 3.0  # the same where it was killed: the others can know no better
 _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 RESUMABLE = 75
@@ -22,19 +27,36 @@ FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 
 
 def run_processes(
-    arguments: Sequence[str], *, processes: int, threads: int, logs: Path, lead_seconds: float = 120.0
+    arguments: Sequence[str],
+    *,
+    processes: int,
+    threads: int,
+    logs: Path,
+    lead_seconds: float = 120.0,
+    name: NameSamples = lambda rank, epoch, number: [],
 ) -> int:
     """Run `python -m pipeline ARGUMENTS` once a rank; returns the exit status of the run.
 
     Rank 0 keeps the terminal, the others write to logs/rank-<r>.log. SIGTERM, SIGINT and SIGUSR2 go
     to all; after lead_seconds they are killed. When one rank fails the others are ended, and its status
     is the run's; 75 of any rank means interrupted and resumable, if none failed otherwise.
+
+    name: keys of a rank's samples. Raises FailedRunError where a rank said why the run failed, or a signal ended one.
     """
     logs.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="pipeline-", ignore_cleanup_errors=True) as pulses:
+        ranks = _started(arguments, processes, threads, logs, Path(pulses))
+        return _Watch(ranks, logs, Path(pulses), name).wait(lead_seconds)
+
+
+def _started(
+    arguments: Sequence[str], processes: int, threads: int, logs: Path, pulses: Path
+) -> list[subprocess.Popen[bytes]]:
     command = [sys.executable, "-m", "pipeline", *arguments]
     shared = {
         **os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(processes),
         "LOCAL_WORLD_SIZE": str(processes), "OMP_NUM_THREADS": str(threads), LAUNCHER: "local",
+        PULSES: str(pulses),
     }  # fmt: skip
     # Torch would warn on every rank that all parameters are used, which is why run.py looks for unused ones.
     shared.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -55,46 +77,78 @@ def run_processes(
         )
         if output is not None:
             output.close()
-    return _wait(ranks, logs, lead_seconds)
+    return ranks
 
 
-def _wait(ranks: list[subprocess.Popen[bytes]], logs: Path, lead_seconds: float) -> int:
-    deadline, signalled = float("inf"), False
+class _Watch:
+    """Waits for the ranks, and finds out which ended first and why."""
 
-    def forward(number: int, frame: object) -> None:
-        nonlocal deadline, signalled
-        deadline, signalled = min(deadline, time.monotonic() + lead_seconds), True
-        for process in ranks:
-            if process.poll() is None:
-                process.send_signal(number)
+    def __init__(self, ranks: list[subprocess.Popen[bytes]], logs: Path, pulses: Path, name: NameSamples):
+        self.ranks, self.logs, self.pulses, self.name = ranks, logs, pulses, name
+        self.failed: int | None = None  # the first rank that did
+        self.verdict: FailedRunError | None = None  # what a rank has said of the run's end
+        self.verdict_came_first = False
+        self._deadline, self._signalled = float("inf"), False
 
-    previous = {number: signal.signal(number, forward) for number in FORWARDED}
-    failed: int | None = None
-    try:
-        while any(process.poll() is None for process in ranks):
-            time.sleep(0.05)
-            if failed is None and (failed := _failure(ranks, signalled=signalled)) is not None:
-                deadline = min(deadline, time.monotonic() + _GRACE_SECONDS)
-            elif any(process.poll() == RESUMABLE for process in ranks):
-                deadline = min(deadline, time.monotonic() + lead_seconds)  # ranks are interrupted together
-            if time.monotonic() > deadline:
-                for process in ranks:
+    def wait(self, lead_seconds: float) -> int:
+        def forward(number: int, frame: object) -> None:
+            self._until(lead_seconds)
+            self._signalled = True
+            for process in self.ranks:
+                if process.poll() is None:
+                    process.send_signal(number)
+
+        previous = {number: signal.signal(number, forward) for number in FORWARDED}
+        try:
+            while any(process.poll() is None for process in self.ranks):
+                time.sleep(0.05)
+                self._look(lead_seconds)
+                if time.monotonic() > self._deadline:
+                    for process in self.ranks:
+                        process.kill()
+            self._look(lead_seconds)
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+            for process in self.ranks:
+                if process.poll() is None:
                     process.kill()
-        # Of several failures, one that knew why: the others lose their connection to it and fail in turn.
-        explained = [rank for rank, process in enumerate(ranks) if process.returncode in EXPLAINED]
-        failed = explained[0] if explained else _failure(ranks, signalled=signalled) if failed is None else failed
+        return self._status()
+
+    def _look(self, lead_seconds: float) -> None:
+        """Note the first rank that failed or spoke; ends of others after that follow from it."""
+        if self.verdict is None and (verdict := read_verdict(self.pulses)) is not None:
+            self.verdict, self.verdict_came_first = verdict, self.failed is None
+            self._until(_GRACE_SECONDS)
+        if self.failed is None and time.monotonic() < self._deadline:
+            self.failed = _failure(self.ranks, signalled=self._signalled)
+            if self.failed is not None:
+                killed = (self.ranks[self.failed].returncode or 0) < 0
+                self._until(_KILLED_GRACE_SECONDS if killed else _GRACE_SECONDS)
+            elif any(process.poll() == RESUMABLE for process in self.ranks):
+                self._until(lead_seconds)  # ranks are interrupted together
+
+    def _until(self, seconds: float) -> None:
+        self._deadline = min(self._deadline, time.monotonic() + seconds)
+
+    def _status(self) -> int:
+        """Of several failures, one that knew why: the others lose their connection to it and fail in turn."""
+        explained = [rank for rank, process in enumerate(self.ranks) if process.returncode in EXPLAINED]
+        failed = explained[0] if explained else self.failed
+        code = 0 if failed is None else self.ranks[failed].returncode
+        if self.verdict is not None and not explained and (self.verdict_came_first or code == self.verdict.code):
+            raise self.verdict
         if failed is None:
-            return RESUMABLE if any(process.returncode for process in ranks) else 0
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-        for process in ranks:
-            if process.poll() is None:
-                process.kill()
-    if failed:  # rank 0 has said on the terminal what went wrong
-        print(f"rank {failed} ended first; the end of {logs / f'rank-{failed}.log'}:", file=sys.stderr)
-        print(_tail(logs / f"rank-{failed}.log"), file=sys.stderr)
-    return max(ranks[failed].returncode, 1)
+            return RESUMABLE if any(process.returncode for process in self.ranks) else 0
+        place = read_place(self.pulses / f"rank-{failed}")
+        if code < 0:
+            raise death(failed, len(self.ranks), socket.gethostname(), code, place, self.name)
+        if failed:  # rank 0 has said on the terminal what went wrong
+            where = f" {where_in_run(place, self.name, failed)}" if place is not None else ""
+            log = self.logs / f"rank-{failed}.log"
+            print(f"rank {failed} ended first{where}; the end of {log}:", file=sys.stderr)
+            print(_tail(log), file=sys.stderr)
+        return max(code, 1)
 
 
 def _failure(ranks: list[subprocess.Popen[bytes]], *, signalled: bool) -> int | None:

@@ -132,6 +132,8 @@ def _circumstance(config: Config) -> dict[str, object]:
         "micro_batch_size": config.data.micro_batch_size,
         "max_epochs": config.trainer.max_epochs,
         "max_steps": config.trainer.max_steps,
+        "on_nan": config.trainer.on_nan,
+        "spike_factor": config.trainer.spike_factor,
     }
 
 

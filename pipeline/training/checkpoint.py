@@ -42,6 +42,7 @@ class Checkpoints(lightning.Callback):
     ):
         self.directory, self.files, self.say = directory, files, say
         self.every_steps, self.every_minutes, self.keep = every_steps, every_minutes, keep
+        self.before: Callable[[lightning.Trainer], object] = lambda trainer: None  # a save; may refuse by raising
         self.best_top1 = -1.0
         self._saved_step = 0
         self._saved_at = time.monotonic()
@@ -142,6 +143,7 @@ class Checkpoints(lightning.Callback):
 
         best: keep a copy as the best. wait: until it is on disk; returns then why it is not, or "".
         """
+        self.before(trainer)
         path = self.directory / f"step-{trainer.global_step:08d}.ckpt"
         self.files.finish()
         self._complain()

@@ -64,6 +64,7 @@ class Classifier(lightning.LightningModule):
         self.step_sums: Sums | None = None  # of this rank, since the last report
         self.validation_sums: Sums | None = None
         self.scores: Scores | None = None  # of the last validation
+        self.skips = False  # the batch at hand is not trained on: a step that changes nothing
 
     def forward(self, batch: Batch) -> Logits:
         dtype = next(self.model.parameters()).dtype
@@ -74,6 +75,8 @@ class Classifier(lightning.LightningModule):
         return output if isinstance(output, Logits) else Logits(output)
 
     def training_step(self, batch: Batch, number: int) -> Tensor:
+        if self.skips:
+            return torch.zeros((), device=self.device, requires_grad=True)  # no weight gets a gradient
         logits_NK, auxiliary_NK = self(batch)
         loss_N = self.loss.per_image(logits_NK, auxiliary_NK, batch.label_N)
         self._training_sums().add(loss_N, logits_NK, batch.label_N, batch.weight_N)
