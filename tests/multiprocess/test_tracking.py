@@ -53,7 +53,7 @@ def train(settings: Config, *stop, **environment: str) -> list[bool] | None:
     world = settings.world
     if not stop or stop[1] != signal.SIGKILL:
         return ranks.run_ranks(world, train_rank, settings, stop or (0, 0, 0.0), environment)
-    with pytest.raises(AssertionError, match="killed|failed"):
+    with pytest.raises(AssertionError, match=r"killed|failed"):
         ranks.run_ranks(world, train_rank, settings, stop, environment)
     return None
 
