@@ -98,6 +98,28 @@ def evaluate(options: argparse.Namespace) -> int:
     return DONE
 
 
+def sync(options: argparse.Namespace) -> int:
+    from pipeline.callbacks.sync import synchronize
+    from pipeline.callbacks.wandb_reporter import WandbPlace
+    from pipeline.config import ConfigError
+    from pipeline.launch.lock import locked
+    from pipeline.launch.plan import CONFIG, RECORD, read_record
+
+    directory = Path(options.run)
+    if not ((directory / CONFIG).is_file() and (directory / RECORD).is_file()):
+        raise ConfigError(f"{directory} is no run: it holds no {CONFIG}; give a directory like runs/NAME")
+    config, record = _of_run(directory / CONFIG), read_record(directory)
+    place = WandbPlace(
+        id=record.wandb_id, name=config.run.id, project=config.tracking.project, entity=config.tracking.entity,
+        group=config.tracking.group, tags=config.tracking.tags,
+    )  # fmt: skip
+    ended = record.starts[-1].get("ended") if record.starts else None
+    code = {"done": DONE, "interrupted": RESUMABLE}.get(str(ended), FAILED)
+    with locked(directory):  # the segment of a run that goes on is still being written
+        synchronize(directory, place, seconds=options.timeout, exit_code=code)
+    return DONE
+
+
 def shards_write(options: argparse.Namespace) -> int:
     from pipeline.data.writer import write_shards
 
@@ -518,7 +540,7 @@ def _code_of(error: Exception) -> int | None:
         return FAILED  # no space, no permission, no such place
     if "InterruptedRunError" in names:
         return FAILED  # of an evaluation: nothing is kept; `train` answers its own with 75
-    if names & {"LockedError", "CheckpointError"}:
+    if names & {"LockedError", "CheckpointError", "SyncError"}:
         return FAILED
     if "FailedRunError" in names:
         return int(error.code)  # type: ignore[attr-defined]
@@ -568,6 +590,14 @@ def _parser() -> argparse.ArgumentParser:
             p.add_argument("run", help="the run's directory"),
             p.add_argument("words", nargs="*", metavar="key=value", help="keys to change"),
             p.add_argument("--checkpoint", default="newest", help="newest, best, or a file (default: newest)"),
+        ),
+    )  # fmt: skip
+    _add(
+        verbs, "sync", sync, "send a run's offline segments to W&B, in order and each once, and rows that it lacks",
+        "pipeline sync runs/first --timeout 120",
+        lambda p: (
+            p.add_argument("run", help="the run's directory"),
+            p.add_argument("--timeout", type=_seconds, default=600.0, metavar="SECONDS", help="default: 600"),
         ),
     )  # fmt: skip
     _add_shards(verbs.add_parser("shards", help="pack images, index tars of others, check and look at them"))
@@ -719,6 +749,13 @@ def _count(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number} must be at least 1")
+    return number
+
+
+def _seconds(text: str) -> float:
+    number = float(text)
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} must be more than 0 seconds")
     return number
 
 

@@ -37,7 +37,8 @@ from pipeline.callbacks.population import Population
 from pipeline.callbacks.preemption import InterruptedRunError, Preemption
 from pipeline.callbacks.progress import ProgressReport
 from pipeline.callbacks.throughput import Throughput
-from pipeline.callbacks.tracking import Reporter, Tracking, TrackingError, WandbPlace, WandbReporter
+from pipeline.callbacks.tracking import Reporter, Tracking
+from pipeline.callbacks.wandb_reporter import TrackingError, WandbPlace, WandbReporter
 from pipeline.callbacks.watchdog import Watchdog, connection_broke, note_traceback
 from pipeline.config import Config, ConfigError, completed, read_config
 from pipeline.data.augment import Augmentation, CentreCrop, Preparation
@@ -448,15 +449,18 @@ def _reporters(
 ) -> list[Reporter]:
     config = run.config
     step = int(start.stem.partition("-")[2]) if start else 0
-    reporters: list[Reporter] = [progress, Journal(config.directory / "metrics.csv", from_step=step)]
+    path = config.directory / "metrics.csv"
+    reporters: list[Reporter] = [progress, Journal(path, from_step=step)]
     if config.tracking.mode != "disabled":
         place = WandbPlace(
             id=wandb_id, name=config.run.id, project=config.tracking.project, entity=config.tracking.entity,
             group=config.tracking.group, tags=config.tracking.tags,
         )  # fmt: skip
-        tracker = WandbReporter(place, directory=config.directory, mode=config.tracking.mode, config=asdict(config))
-        where = f"upload with: wandb sync {config.directory}/wandb/offline-run-*" if "offline" in tracker.mode else ""
-        console.print(f"W&B {tracker.mode}, run {wandb_id}  {where}", highlight=False, soft_wrap=True)
+        say = partial(console.print, highlight=False, soft_wrap=True, markup=False)
+        tracker = WandbReporter(place, directory=config.directory, mode=config.tracking.mode, config=asdict(config),
+                                journal=path, say=say)  # fmt: skip
+        where = f"  upload with: pipeline sync {config.directory}" if "offline" in tracker.mode else ""
+        say(f"W&B {tracker.mode}, run {wandb_id}{where}")
         reporters.append(tracker)
     return reporters
 

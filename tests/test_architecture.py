@@ -26,7 +26,7 @@ WALLS = {
     "lightning": ("run", "data/datamodule", "training/classifier", "training/checkpoint", "training/checkpoint_io",
                   "launch/environment",
                   "callbacks/"),
-    "wandb": ("callbacks/tracking", "doctor"),
+    "wandb": ("callbacks/wandb_reporter", "callbacks/segments", "doctor"),
     "webdataset": ("data/", "benchmarks/"),  # as a peer
     "obstore": ("data/remote",),
     "triton": ("norm/kernels",),

@@ -141,7 +141,7 @@ def test_print_config_shows_every_key(capsys):
 
 
 def test_help_of_every_verb_ends_in_an_example(capsys):
-    for words in (["train"], ["evaluate"], ["shards", "write"], ["shards", "verify"], ["shards", "describe"]):
+    for words in (["train"], ["evaluate"], ["sync"], ["shards", "write"], ["shards", "verify"], ["shards", "describe"]):
         with pytest.raises(SystemExit):
             cli.main([*words, "--help"])
         assert f"pipeline {' '.join(words)} " in capsys.readouterr().out.split("example:")[1]

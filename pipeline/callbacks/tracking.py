@@ -1,27 +1,16 @@
-"""What a run reports, and where: metrics.csv always, the terminal, and Weights & Biases through its own client."""
+"""What a run reports, and when: rows for each reporter - metrics.csv, the terminal, and Weights & Biases."""
 
 from __future__ import annotations
 
-import netrc
-import os
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import lightning
-import wandb
 
 from pipeline.callbacks.journal import Row
 from pipeline.callbacks.throughput import Throughput
 from pipeline.evaluation.metrics import Scores
 from pipeline.training.classifier import Classifier
-
-RESUMABLE = 75  # the exit code by which W&B knows a preempted run from a failed one
-
-
-class TrackingError(Exception):
-    """W&B cannot be had as asked for."""
 
 
 class Reporter(Protocol):
@@ -87,75 +76,3 @@ class Tracking(lightning.Callback):
         )  # fmt: skip
         for reporter in self.reporters:
             reporter.append(row)
-
-
-@dataclass(frozen=True, slots=True)
-class WandbPlace:
-    """Where a run belongs in W&B. id: kept in run.json, so that a resumed run goes on in the same place."""
-
-    id: str
-    name: str
-    project: str
-    entity: str | None
-    group: str | None
-    tags: Sequence[str]
-
-
-class WandbReporter:
-    """One W&B run. Steps are our own metric, so that a repeated stretch after a resume overlays and nothing shifts."""
-
-    def __init__(self, place: WandbPlace, *, directory: Path, mode: str, config: dict[str, Any]):
-        self.mode = wandb_mode(mode)
-        self._exit_code = 0
-        os.environ.setdefault("WANDB_SILENT", "true")
-        try:
-            self.run = self._init(place, directory, config)
-        except (wandb.errors.CommError, wandb.errors.UsageError) as error:
-            if mode == "online":
-                reason = str(error).splitlines()[0]
-                raise TrackingError(f"{reason}; set WANDB_API_KEY, or choose tracking.mode=offline") from None
-            self.mode = f"offline ({str(error).splitlines()[0]})"
-            self.run = self._init(place, directory, config)
-        self.run.define_metric("step")
-        self.run.define_metric("*", step_metric="step")
-
-    def _init(self, place: WandbPlace, directory: Path, config: dict[str, Any]) -> Any:
-        return wandb.init(
-            id=place.id, name=place.name, project=place.project, entity=place.entity, group=place.group,
-            tags=list(place.tags), dir=str(directory.resolve()), config=config, resume="allow",
-            mode=self.mode.partition(" ")[0],  # type: ignore[arg-type]
-            settings=wandb.Settings(init_timeout=60, console="off"),
-        )  # fmt: skip
-
-    def append(self, row: Row) -> None:
-        values = {"loss": row.loss, "top1": row.top1, "top5": row.top5, "rate": row.rate,
-                  "images_per_s": row.images_per_s, "data_wait": row.data_wait}  # fmt: skip
-        named = {f"{row.split}/{name}": value for name, value in values.items() if value is not None}
-        self.run.log({"step": row.step, "epoch": row.epoch, **named})
-
-    def interrupted(self) -> None:
-        self.run.mark_preempting()
-        self._exit_code = RESUMABLE
-
-    def close(self) -> None:
-        self.run.finish(exit_code=self._exit_code)
-
-
-def wandb_mode(mode: str) -> str:
-    """`auto` becomes online where a key is at hand, else offline; the others are taken as they are."""
-    if mode != "auto":
-        return mode
-    return "online" if _has_key() else "offline"
-
-
-def _has_key() -> bool:
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    try:
-        hosts = netrc.netrc(os.environ.get("NETRC")).hosts
-    except (OSError, netrc.NetrcParseError):
-        return False
-    service = os.environ.get("WANDB_BASE_URL", "")
-    return any(
-        "wandb" in host or host.endswith("forge.coreweave.com") or (service and host in service) for host in hosts
-    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import socket
+import time
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -27,7 +28,11 @@ def run_ranks(world: int, function: Callable[..., Any], *arguments: Any, seconds
     results: dict[int, Any] = {}
     try:
         for _ in processes:
-            assert queue._reader.poll(seconds), f"ranks {set(range(world)) - set(results)} gave no result"
+            deadline = time.monotonic() + seconds
+            while not queue._reader.poll(0.2):
+                left = set(range(world)) - set(results)
+                assert time.monotonic() < deadline, f"ranks {left} gave no result"
+                assert not any(processes[rank].exitcode for rank in left), f"of the ranks {left} one was killed"
             rank, result, failure = queue.get()
             assert failure is None, f"rank {rank} failed:\n{failure}"
             results[rank] = result

@@ -1,0 +1,259 @@
+"""A run's rows in Weights & Biases, through its own client: one W&B run over all starts, without gaps or repeats.
+
+W&B holds the beginning of the journal, up to some row. Each start finds out which one, from the server or from the
+segments on disk, sends the rows of the journal behind it that a kill lost, and leaves out those that W&B has already,
+also from steps that are trained anew. Nothing that W&B's server does or leaves undone stops or slows the training.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import netrc
+import os
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import wandb
+
+from pipeline.callbacks.journal import Row, read_journal
+from pipeline.callbacks.segments import Values, last_position, position, position_of, values
+
+RESUMABLE = 75  # the exit code by which W&B knows a preempted run from a failed one
+INIT_SECONDS, FINISH_SECONDS = 30.0, 20.0  # as long as a server may keep a run from starting and from ending
+FLUSH_SECONDS = 1.0  # between writes of the segment: what SIGKILL may cost. W&B's own 15 s lost 40 rows of 40
+
+# What wandb-core asks when it resumes a run; historyTail is the last line of the history.
+_QUERY = """query RunResumeStatus($project: String, $entity: String, $name: String!) {
+  model(name: $project, entityName: $entity) { bucket(name: $name, missingOk: true) { historyTail } }
+}"""
+
+
+class TrackingError(Exception):
+    """W&B cannot be had as asked for."""
+
+
+class ServerError(Exception):
+    """The W&B server cannot be asked; the message says why, in one line and without a key."""
+
+
+@dataclass(frozen=True, slots=True)
+class WandbPlace:
+    """Where a run belongs in W&B. id: kept in run.json, so that a resumed run goes on in the same place."""
+
+    id: str
+    name: str
+    project: str
+    entity: str | None
+    group: str | None
+    tags: Sequence[str]
+
+
+class WandbReporter:
+    """One W&B run. Steps are our own metric; W&B's _step is `position`, by which its server and client drop repeats."""
+
+    def __init__(
+        self, place: WandbPlace, *, directory: Path, mode: str, config: dict[str, Any],
+        journal: Path | None = None, say: Callable[[str], object] = print,
+    ):  # fmt: skip
+        """Begin, or go on. directory: the run's. journal: its rows, up to the step from which the run goes on."""
+        self.place, self.directory, self.config, self.journal, self.say = place, directory, config, journal, say
+        self.mode = wandb_mode(mode)
+        self._exit_code, self._sent = 0, -1
+        self._run: Any = None
+        self._clients = 0
+        self._open(mode)
+
+    def append(self, row: Row) -> None:
+        self._surely(lambda: self._log(row))
+
+    def interrupted(self) -> None:
+        self._exit_code = RESUMABLE
+        self._surely(lambda: self._run.mark_preempting())  # noqa: PLW0108  of the client that there is by then
+
+    def close(self) -> None:
+        self._surely(lambda: self._run.finish(exit_code=self._exit_code))
+        if self._run is not None and self.mode == "online":
+            self._compare()
+
+    def _log(self, row: Row) -> None:
+        at = position(row.step, row.split)
+        if at > self._sent:
+            self._run.log(values(row), step=at, commit=True)
+            self._sent = at
+
+    def _surely(self, action: Callable[[], object]) -> None:
+        """Do it, if need be with a new client: a signal to all processes of a job ends W&B's own, too."""
+        while self._run is not None:
+            try:
+                action()
+                return
+            except Exception as error:
+                if self._clients > 1:
+                    self._give_up("is left out from here on", error)
+                    return
+            self._run = None
+            _end_client()
+            self._open(self.mode)
+
+    def _open(self, wanted: str) -> None:
+        self._clients += 1
+        try:
+            self._run = self._begun(self.config, wanted)
+            self._run.define_metric("step")
+            self._run.define_metric("*", step_metric="step")
+            self._sent = self._position()
+            for row in read_journal(self.journal) if self.journal and self.journal.exists() else ():
+                self._log(row)
+        except TrackingError:
+            raise
+        except Exception as error:  # a full disk, a broken client: the run goes on without
+            self._give_up("cannot be had", error)
+
+    def _begun(self, config: dict[str, Any], wanted: str) -> Any:
+        try:
+            return self._client(self.mode, config)
+        except Exception as error:
+            if wanted == "online" and self._clients == 1 and isinstance(error, wandb.errors.UsageError):
+                raise TrackingError(f"{reason(error)}; set WANDB_API_KEY, or choose tracking.mode=offline") from None
+            if self.mode != "online":
+                raise
+            self.mode = f"offline ({reason(error)})"
+        # The client would refuse the id, as that of the run that did not begin: "run ID ... is in use".
+        _end_client()
+        return self._client("offline", config)
+
+    def _client(self, mode: str, config: dict[str, Any]) -> Any:
+        return _begin(self.place, self.directory, mode, config, INIT_SECONDS, FINISH_SECONDS)
+
+    def _position(self) -> int:
+        """The position up to which W&B has the journal, -1 for nothing."""
+        if self.mode == "online":
+            return int(self._run.starting_step) - 1
+        try:
+            return last_position(self.directory, self.place.id)
+        except Exception as error:  # an unreadable file: rows are sent twice rather than never
+            self.say(f"W&B: earlier segments in {self.directory / 'wandb'} cannot be read ({reason(error)})")
+            return -1
+
+    def _compare(self) -> None:
+        """Say so if the server has less than it was sent: the client tells of a timeout, and of a refusal nothing."""
+        there: int | None = None
+        until = time.monotonic() + 3
+        while there is None or (there < self._sent and time.monotonic() < until):
+            try:
+                there = last_position_on_server(self.place, seconds=3)
+            except ServerError:
+                break
+            if there < self._sent:
+                time.sleep(0.3)  # what was taken may take a moment to be seen
+        if there is None or there < self._sent:
+            known = "" if there is None else f", up to step {max(there, 0) // 2} of {self._sent // 2}"
+            self.say(f"W&B has not confirmed all rows{known}; send the rest with: pipeline sync {self.directory}")
+
+    def _give_up(self, what: str, error: Exception) -> None:
+        self._run = None
+        self.say(f"W&B {what} ({reason(error)}); metrics.csv has every row, and: pipeline sync {self.directory}")
+
+
+def _begin(
+    place: WandbPlace, directory: Path, mode: str, config: dict[str, Any] | None,
+    init_seconds: float, finish_seconds: float,
+) -> Any:  # fmt: skip
+    """W&B's own run. Raises one of its many errors."""
+    os.environ.setdefault("WANDB_SILENT", "true")
+    # Telemetry of W&B's client: towards a server that accepts and never answers it held a process for 22 s at its end.
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+    return wandb.init(
+        id=place.id, name=place.name, project=place.project, entity=place.entity, group=place.group,
+        tags=list(place.tags), dir=str(directory.resolve()), config=config, resume="allow",
+        mode=mode,  # type: ignore[arg-type]
+        settings=wandb.Settings(
+            init_timeout=init_seconds, finish_timeout=finish_seconds, console="off",
+            x_transaction_log_flush_interval=FLUSH_SECONDS,
+        ),
+    )  # fmt: skip
+
+
+def send(place: WandbPlace, directory: Path, rows: Iterable[Values], *, exit_code: int, seconds: float) -> None:
+    """Rows into the W&B run on the server, behind those that it has. Raises ServerError."""
+    try:
+        run = _begin(place, directory, "online", None, seconds, seconds)
+        for row in rows:
+            if position_of(row) >= run.starting_step:
+                run.log(row, step=position_of(row), commit=True)
+        run.finish(exit_code=exit_code)
+    except Exception as error:
+        _end_client()
+        raise ServerError(reason(error)) from None
+
+
+def last_position_on_server(place: WandbPlace, *, seconds: float) -> int:
+    """How far the history on the server reaches, -1 for nothing. Raises ServerError."""
+    url = wandb.setup().settings.base_url
+    key = _key(url)
+    if key is None:
+        raise ServerError(f"there is no key for {url}: set WANDB_API_KEY, or run `wandb login`")
+    variables = {"project": place.project, "entity": place.entity, "name": place.id}
+    query = {"operationName": "RunResumeStatus", "query": _QUERY, "variables": variables}
+    if urllib.parse.urlsplit(url).scheme not in ("http", "https"):
+        raise ServerError(f"WANDB_BASE_URL = {url} is no http(s) address")
+    request = urllib.request.Request(  # noqa: S310  the scheme is checked
+        f"{url}/graphql",
+        json.dumps(query).encode(),
+        {
+            "Content-Type": "application/json",
+            "Authorization": f"Basic {base64.b64encode(f'api:{key}'.encode()).decode()}",
+        },
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=seconds) as answer:  # noqa: S310
+            bucket = (json.load(answer)["data"]["model"] or {}).get("bucket") or {}
+        tail = json.loads(bucket.get("historyTail") or "[]")
+        return int(json.loads(tail[-1])["_step"]) if tail else -1
+    except urllib.error.HTTPError as error:
+        refused = "; is the key right? (WANDB_API_KEY, or `wandb login`)" if error.code in (401, 403) else ""
+        raise ServerError(f"{url} answers with status {error.code}{refused}") from None
+    except OSError as error:
+        raise ServerError(f"{url} does not answer ({reason(getattr(error, 'reason', error))})") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ServerError(f"{url} does not answer as a W&B server does") from None
+
+
+def _end_client() -> None:
+    """End W&B's own process, which one that has crashed answers with an error."""
+    with contextlib.suppress(Exception):
+        wandb.teardown()
+
+
+def reason(error: object) -> str:
+    """The first line of an error, without the key, should it be there."""
+    text = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    key = os.environ.get("WANDB_API_KEY")
+    return text.replace(key, "***") if key else text
+
+
+def wandb_mode(mode: str) -> str:
+    """`auto` becomes online where a key is at hand, else offline; the others are taken as they are."""
+    if mode != "auto":
+        return mode
+    return "online" if _key(os.environ.get("WANDB_BASE_URL", "")) else "offline"
+
+
+def _key(url: str) -> str | None:
+    if key := os.environ.get("WANDB_API_KEY"):
+        return key
+    try:
+        hosts = netrc.netrc(os.environ.get("NETRC")).hosts
+    except (OSError, netrc.NetrcParseError):
+        return None
+    of_wandb = [host for host in hosts if "wandb" in host or host.endswith("forge.coreweave.com")]
+    host = next((host for host in hosts if url and host in url), of_wandb[0] if of_wandb else None)
+    return hosts[host][2] if host else None

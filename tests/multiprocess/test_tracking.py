@@ -1,0 +1,128 @@
+"""W&B has the history of a run once and whole, whatever happened to its processes or to the server."""
+
+import os
+import signal
+import time
+
+import pytest
+import wandb
+from rich.console import Console
+
+from pipeline import run
+from pipeline.callbacks import agreement, wandb_reporter
+from pipeline.callbacks.journal import read_journal
+from pipeline.callbacks.preemption import InterruptedRunError
+from pipeline.callbacks.segments import position, position_of, segments
+from pipeline.callbacks.sync import synchronize
+from pipeline.callbacks.tracking import Tracking
+from pipeline.callbacks.wandb_reporter import WandbPlace
+from pipeline.config import Config
+from pipeline.launch.plan import read_record
+from pipeline.world import World
+from tests.callbacks.wandb_server import KEY, WandbServer
+from tests.multiprocess import ranks
+from tests.multiprocess.test_resume import config, journal
+
+
+def train_rank(rank: int, world: int, settings: Config, stop: tuple[int, int, float], environment: dict) -> bool:
+    """Train; rank 0 meets a signal after a step, some seconds after its row. Whether the run was interrupted."""
+    os.environ.pop("WANDB_API_KEY", None)
+    os.environ.update(environment)
+    agreement.SECONDS = 0.0
+    step, number, seconds = stop
+    wandb_reporter.INIT_SECONDS, wandb_reporter.FINISH_SECONDS = 3.0, 2.0
+    wandb_reporter.FLUSH_SECONDS = 0.2 if seconds else 60.0
+    reported = Tracking.on_train_batch_end
+
+    def interrupt(self, trainer, *arguments):
+        reported(self, trainer, *arguments)
+        if trainer.global_step == step and rank == 0:
+            time.sleep(seconds)
+            signal.raise_signal(number)
+
+    Tracking.on_train_batch_end = interrupt
+    try:
+        run.train(settings, World.from_environment(), Console(quiet=True))
+    except InterruptedRunError:
+        return True
+    return False
+
+
+def train(settings: Config, *stop, **environment: str) -> list[bool] | None:
+    """All ranks to their end; None where SIGKILL was it."""
+    world = settings.world
+    if not stop or stop[1] != signal.SIGKILL:
+        return ranks.run_ranks(world, train_rank, settings, stop or (0, 0, 0.0), environment)
+    with pytest.raises(AssertionError, match=r"killed|failed"):
+        ranks.run_ranks(world, train_rank, settings, stop, environment)
+    return None
+
+
+def on_disk(settings: Config) -> list[tuple]:
+    found = segments(settings.directory, read_record(settings.directory).wandb_id)
+    rows = [row for segment in found for row in segment.rows()]
+    split = {0: "train", 1: "val"}
+    return [(r["step"], s := split[position_of(r) % 2], r[f"{s}/loss"], r[f"{s}/top1"], r.get("train/rate"))
+            for r in rows]  # fmt: skip
+
+
+def place(settings: Config) -> WandbPlace:
+    return WandbPlace(id=read_record(settings.directory).wandb_id, name="broken", project="pipeline", entity=None,
+                      group=None, tags=[])  # fmt: skip
+
+
+# killed at once, with rows that W&B has not written; killed later, with rows beyond the checkpoint of step 4; stopped
+@pytest.mark.parametrize(
+    ("world", "number", "seconds"),
+    [(1, signal.SIGKILL, 0.0), (2, signal.SIGKILL, 1.0), (1, signal.SIGTERM, 0.0), (2, signal.SIGTERM, 0.0)],
+)
+def test_offline_segments_of_an_interrupted_run_are_its_journal(shards, tmp_path, world, number, seconds):
+    def opened() -> Config:
+        return config(shards, tmp_path, "broken", world, "tracking.mode=auto")
+
+    interrupted = train(opened(), 7, number, seconds)
+    assert interrupted == (None if number == signal.SIGKILL else [True] * world)
+    before = on_disk(opened())
+    assert len(before) == (8 + world - 1 if number == signal.SIGTERM else 8 if seconds else 0)
+    train(opened())
+    rows = journal(tmp_path / "broken")
+    assert [row[:2] for row in rows][-2:] == [(15, "train"), (15, "val")]
+    assert on_disk(opened()) == rows
+    with WandbServer() as server:
+        os.environ.update(server.environment)
+        try:
+            assert synchronize(tmp_path / "broken", place(opened()), seconds=60) == len(rows)
+        finally:
+            wandb.teardown()
+            for name in server.environment:
+                del os.environ[name]
+        assert server.steps() == [row[:2] for row in rows]
+
+
+@pytest.mark.parametrize(("number", "seconds"), [(signal.SIGKILL, 1.0), (signal.SIGTERM, 0.0)])
+def test_the_server_has_one_run_with_every_step_once(shards, tmp_path, number, seconds):
+    with WandbServer() as server:
+        for stop in ((7, number, seconds), ()):
+            train(config(shards, tmp_path, "broken", 1, "tracking.mode=auto"), *stop, **server.environment)
+            if stop and number == signal.SIGTERM:
+                assert (server.run.preempting, server.run.exit_code) == (True, 75)
+        assert len(server.runs) == 1
+        assert server.run.exit_code == 0
+        assert server.steps() == [row[:2] for row in journal(tmp_path / "broken")]
+        steps = [line["_step"] for line in server.run.history]
+        assert steps == [position(row.step, row.split) for row in read_journal(tmp_path / "broken" / "metrics.csv")]
+
+
+def test_no_fault_of_the_server_changes_the_training(shards, tmp_path):
+    whole = config(shards, tmp_path, "whole", 1)
+    train(whole)
+    expected = journal(whole.directory)
+    for name, fault in {"500": {"file_stream": 500}, "401": {"every": 401}}.items():
+        settings = config(shards, tmp_path, name, 1, "tracking.mode=auto")
+        with WandbServer(**fault) as server:
+            assert train(settings, **server.environment) == [False]
+        assert journal(settings.directory) == expected
+        assert on_disk(settings) == expected
+    settings = config(shards, tmp_path, "none", 1, "tracking.mode=auto")
+    assert train(settings, WANDB_API_KEY=KEY, WANDB_BASE_URL="http://127.0.0.1:9") == [False]
+    assert journal(settings.directory) == on_disk(settings) == expected
