@@ -769,7 +769,7 @@ def _repeats(text: str) -> int:
 def _add(verbs: argparse._SubParsersAction[argparse.ArgumentParser], name: str, verb: Callable[..., int],
          purpose: str, example: str, arguments: Callable[[argparse.ArgumentParser], object]) -> None:  # fmt: skip
     parser = verbs.add_parser(
-        name, help=purpose, description=purpose.capitalize() + ".", epilog=f"example:\n  {example}",
+        name, help=purpose, description=f"{purpose[0].upper()}{purpose[1:]}.", epilog=f"example:\n  {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     arguments(parser)
