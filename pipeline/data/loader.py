@@ -7,9 +7,11 @@ validation and estimate of statistics in turn. This file knows no Lightning: a w
 
 from __future__ import annotations
 
+import atexit
 import math
 import multiprocessing
 import signal
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -174,6 +176,8 @@ class Workers:
         self._places = Places()
         self._loader = self._new(self._places)
         self._running: object | None = None
+        # multiprocessing would end them by one SIGTERM at exit, which they take for a signal to the whole job.
+        atexit.register(_end, weakref.ref(self))
 
     def load(self, epoch: int | None, numbers: range) -> Iterator[Item]:
         """Items in the order of their numbers."""
@@ -303,6 +307,14 @@ def _in_one_line(items: Iterable[Item]) -> Iterator[Item]:
         if not found:
             raise
         raise DataError(trace.rstrip().rpartition("\n")[2].partition(": ")[2] or first) from None
+
+
+def _end(workers: weakref.ref[Workers]) -> None:
+    """Tell the processes that there is no more to do, and wait for them."""
+    alive = workers()
+    iterator = alive._loader._iterator if alive is not None else None
+    if iterator is not None:
+        iterator._shutdown_workers()  # type: ignore[attr-defined]
 
 
 def _leave_signals(worker: int) -> None:
