@@ -540,10 +540,13 @@ def test_prefetching_stops_promptly_in_the_middle_of_a_shard(server, tmp_path):
 
 def test_a_copy_of_a_prefetch_in_another_process_rests(server, tmp_path):
     with Prefetch(cache_of(server, tmp_path), shards_of([FIRST]), ahead=1) as prefetch:
+        until(lambda: len(server.gets("/set/000000.tar")) == 1)
         copy = pickle.loads(pickle.dumps(prefetch))
         until(lambda: not copy._thread.is_alive())
         copy.advance(3)
         copy.close()
+        assert list(copy.errors) == []
+    assert len(server.gets("/set/000000.tar")) == 1  # the copy asked for nothing
 
 
 def test_prefetching_does_not_keep_the_interpreter_from_exiting(server, tmp_path):
