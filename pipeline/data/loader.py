@@ -25,6 +25,7 @@ from pipeline.data.dataset import Dataset as Source
 from pipeline.data.images import Fault, Images, open_images
 from pipeline.data.keyed_random import mixed
 from pipeline.data.order import Order
+from pipeline.data.parent import end_with_parent
 from pipeline.data.read_ahead import ReadAhead
 from pipeline.data.shards import DataError
 from pipeline.data.split import Split
@@ -204,7 +205,7 @@ class Workers:
             multiprocessing.set_forkserver_preload(["pipeline.data.fork_server"])
             options = {
                 "prefetch_factor": 4, "persistent_workers": keep, "multiprocessing_context": "forkserver",
-                "worker_init_fn": _leave_signals,
+                "worker_init_fn": _serve,
             }  # fmt: skip
         return DataLoader(self.items, batch_size=None, sampler=places, num_workers=self.count, **options)
 
@@ -317,11 +318,12 @@ def _end(workers: weakref.ref[Workers]) -> None:
         iterator._shutdown_workers()  # type: ignore[attr-defined]
 
 
-def _leave_signals(worker: int) -> None:
-    """A worker goes on through signals to the whole job, until the process it serves has saved and ends it.
+def _serve(worker: int) -> None:
+    """A worker goes on through signals to the whole job, until the process it serves has saved and ends it, or is gone.
 
-    That may end it by SIGTERM, too: the second one counts.
+    The process may end it by SIGTERM, too: the second one counts.
     """
+    end_with_parent()
     for number in (signal.SIGINT, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))

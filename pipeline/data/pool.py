@@ -10,6 +10,8 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from typing import TypeVar
 
+from pipeline.data.parent import end_with_parent
+
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
@@ -23,7 +25,8 @@ def completed(function: Callable[[Task], Result], tasks: Sequence[Task], workers
         yield from map(function, tasks)
         return
     # spawn: the caller may hold threads, which a fork would copy in the middle of their work.
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=end_with_parent) as pool:
         with _ignoring_interrupts():  # which the processes inherit: Ctrl-C lets them end their task
             futures = [pool.submit(function, task) for task in tasks]
         try:

@@ -60,6 +60,8 @@ def _started(
     }  # fmt: skip
     # Torch would warn on every rank that all parameters are used, which is why run.py looks for unused ones.
     shared.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    # Python's tracker frees what a killed rank and its workers shared, and would warn that it had to.
+    shared["PYTHONWARNINGS"] = ",".join(filter(None, [shared.get("PYTHONWARNINGS"), "ignore:resource_tracker"]))
     ranks: list[subprocess.Popen[bytes]] = []
     for rank in range(processes):
         environment = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
