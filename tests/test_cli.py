@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipeline import cli
+from pipeline.cli.settling import settled
 from pipeline.data.shards import read_manifest
 from pipeline.data.writer import write_shards
 from tests.conftest import make_folders, noise_image
@@ -63,7 +64,7 @@ def test_ten_bad_inputs_each_give_one_clear_line_and_the_right_code(capsys, shar
     from pipeline.config import compose_config
     from pipeline.launch.plan import open_run
 
-    opened = open_run(cli.settled(compose_config([*here, "run.id=taken"])))
+    opened = open_run(settled(compose_config([*here, "run.id=taken"])))
     (opened.directory / "metrics.csv").touch()
     line = refused(capsys, 2, "train", *here, "run.id=taken", "optimizer.rate=0.5")
     assert "run.id = taken is another run: optimizer.rate = 0.5, the run has 0.0075; choose a new run.id" in line
@@ -160,8 +161,8 @@ def test_a_run_that_was_moved_goes_on_in_its_new_place(capsys, shards, tmp_path)
     from pipeline.config import compose_config
     from pipeline.launch.plan import open_run
 
-    opened = open_run(cli.settled(compose_config(["data=folder", f"data.root={shards}", "run.id=a",
-                                                  "data.global_batch_size=24"])))  # fmt: skip
+    opened = open_run(settled(compose_config(["data=folder", f"data.root={shards}", "run.id=a",
+                                              "data.global_batch_size=24"])))  # fmt: skip
     moved = tmp_path / "elsewhere" / "b"
     moved.parent.mkdir()
     opened.directory.rename(moved)

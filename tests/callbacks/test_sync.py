@@ -8,6 +8,7 @@ import pytest
 from pipeline import cli
 from pipeline.callbacks.segments import segments
 from pipeline.callbacks.sync import SyncError, synchronize
+from pipeline.cli.settling import settled
 from pipeline.config import compose_config
 from pipeline.launch.lock import locked
 from pipeline.launch.plan import open_run
@@ -120,7 +121,7 @@ def test_a_refusal_that_wandb_sync_takes_for_success_is_none(server, tmp_path):
 def run(shards, tmp_path) -> Path:
     """A run's directory with one offline segment."""
     words = ["data=folder", f"data.root={shards}", "data.global_batch_size=24", f"run.dir={tmp_path}", "run.id=a"]
-    directory = open_run(cli.settled(compose_config(words))).directory
+    directory = open_run(settled(compose_config(words))).directory
     record = directory / "run.json"
     record.write_text(re.sub(r'"wandb_id": "\w+"', f'"wandb_id": "{PLACE.id}"', record.read_text()))
     start(directory, rows=[row(1, "train")], mode="offline")

@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline import cli
+from pipeline.cli.settling import settle
 from pipeline.config import compose_config
 from pipeline.data.augment import Augmentation, CentreCrop
 from pipeline.data.batch import Batch
@@ -92,7 +92,7 @@ def other_shards(directory: Path) -> Path:
 def test_a_resumed_run_refuses_a_set_that_was_changed_on_the_server_and_names_the_shard(server, tmp_path):
     words = ["data=folder", f"data.root={server.url}/set", f"data.cache={tmp_path / 'cache'}", f"run.dir={tmp_path}",
              "run.id=a", "data.global_batch_size=24"]  # fmt: skip
-    config, dataset = cli.settle(compose_config(words))
+    config, dataset = settle(compose_config(words))
     config.directory.mkdir()
     shutil.copy(dataset.directory / MANIFEST, config.directory)
     running = dataset.split("train")
@@ -100,7 +100,7 @@ def test_a_resumed_run_refuses_a_set_that_was_changed_on_the_server_and_names_th
     with pytest.raises(
         DataError, match=r"holds another data set than this run began with \(train-00000\d\.tar changed\)"
     ):
-        cli.settle(config)
+        settle(config)
     again = opened(server, tmp_path / "cache")
     assert again.manifest.digest != dataset.manifest.digest
     assert again.directory != dataset.directory

@@ -17,7 +17,7 @@ from torch import nn
 
 from pipeline import run
 from pipeline.callbacks.journal import read_journal
-from pipeline.cli import settled
+from pipeline.cli.settling import settled
 from pipeline.config import Config, compose_config
 from pipeline.launch.plan import open_run
 from pipeline.norm import revert

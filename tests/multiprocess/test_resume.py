@@ -12,7 +12,7 @@ from pipeline import run
 from pipeline.callbacks import agreement
 from pipeline.callbacks.journal import read_journal
 from pipeline.callbacks.preemption import InterruptedRunError, Preemption
-from pipeline.cli import settled
+from pipeline.cli.settling import settled
 from pipeline.config import Config, compose_config
 from pipeline.launch.plan import open_run
 from pipeline.training.checkpoint import checkpoints

@@ -1,0 +1,57 @@
+"""The verbs of the product, one function each. Heavy imports wait inside a verb, so that --help answers at once."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+
+from pipeline.cli import bench, runs, shards
+from pipeline.cli.codes import FAILED, RESUMABLE, code_of, line_of
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb; returns the exit code: 0 done, 2 usage or config, 3 data, 75 interrupted and resumable, 1 other."""
+    options = _parsed(arguments)
+    verb: Callable[[argparse.Namespace], int] = options.verb
+    try:
+        return verb(options)
+    except KeyboardInterrupt:
+        way_on = "; the same command goes on from there" if options.goes_on else ""
+        print(f"pipeline: interrupted{way_on}", file=sys.stderr)
+        return RESUMABLE if options.goes_on else FAILED
+    except Exception as error:
+        code = code_of(error)
+        if code is None:
+            raise
+        if code == RESUMABLE and not options.goes_on:
+            code = FAILED  # nothing is kept of it
+        print(f"pipeline: {line_of(error)}", file=sys.stderr)
+        return code
+
+
+def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Options of the command line. Overrides may stand behind an option, too, where argparse stops looking."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    words: list[str] | None = getattr(options, "words", None)
+    if rest and (words is None or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if words is not None:
+        words.extend(rest)
+    return options
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="pipeline",
+        description="Distributed training in which an interrupted run is the same run.",
+        epilog="example: pipeline train recipe=bn_x5 data=digits cluster.devices=2",
+    )
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+    runs.add_verbs(verbs)
+    for room, purpose in ((shards, "pack images, index tars of others, check and look at them"),
+                          (bench, "measure this machine, ours beside others")):  # fmt: skip
+        name = room.__name__.rpartition(".")[2]
+        room.add_verbs(verbs.add_parser(name, help=purpose).add_subparsers(required=True, metavar="VERB"))
+    return parser

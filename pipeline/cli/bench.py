@@ -1,0 +1,151 @@
+"""pipeline bench: measure this machine, ours beside others."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from pipeline.cli.codes import DONE, FAILED
+from pipeline.cli.options import add_verb, count, none_or_more, repeats
+from pipeline.cli.progress import Progress
+
+
+def add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    p = add_verb(
+        verbs, "stream", stream, "images per CPU second of decoding and of the whole stream, ours and the peers'",
+        "pipeline bench stream shards/imagenet --repeats 7 --csv stream.csv\n"
+        "  peers that are not installed are left out: pip install pipeline[peers]",
+    )  # fmt: skip
+    p.add_argument("root", help="directory of shards, ours or anybody's")
+    p.add_argument("--images", type=count, default=500, metavar="N", help="a round (default: 500)")
+    p.add_argument("--repeats", type=repeats, default=5, metavar="N", help="rounds, 5 or more (default: 5)")
+    p.add_argument("--size", type=count, default=224, metavar="N", help="pixels a side (default: 224)")
+    p.add_argument("--batch", type=count, default=64, metavar="N", help="images a batch (default: 64)")
+    p.add_argument("--split", default="train", help="default: train")
+    p.add_argument("--only", type=lambda names: names.split(","), default=[], metavar="NAME,NAME",
+                   help="these contenders alone, by the names in the tables")  # fmt: skip
+    p.add_argument("--csv", metavar="FILE", help="write every round there")
+
+    p = add_verb(verbs, "epochs", epochs, "images a second and memory, epoch by epoch: neither may drift",
+                 "pipeline bench epochs shards/cifar10 --size 24 --workers 1 2")  # fmt: skip
+    p.add_argument("root", help="directory of shards")
+    p.add_argument("--epochs", type=count, default=5, metavar="N", help="default: 5")
+    _add_loading(p)
+
+    p = add_verb(verbs, "start", start, "seconds to the first batch, at the beginning of an epoch and late in it",
+                 "pipeline bench start shards/imagenet --samples 0 1200000")  # fmt: skip
+    p.add_argument("root", help="directory of shards")
+    p.add_argument("--samples", type=none_or_more, nargs="+", default=[0], metavar="N", help="places")
+    p.add_argument("--repeats", type=repeats, default=5, metavar="N", help="starts each (default: 5)")
+    _add_loading(p)
+
+    p = add_verb(verbs, "chaos", chaos, "kill copies of a run at random moments and compare them with one left alone",
+                 "pipeline bench chaos runs/small --kills 20 --processes 1 2 --variant norm.group_size=1")  # fmt: skip
+    p.add_argument("run", help="a run's directory, of which config.yaml is taken; a short run serves best")
+    p.add_argument("--kills", type=count, default=10, metavar="N", help="interruptions (default: 10)")
+    p.add_argument("--seed", type=int, default=0, help="of moments, signals and ranks")
+    p.add_argument("--processes", type=count, nargs="+", default=[1, 2], metavar="N", help="default: 1 2")
+    p.add_argument("--variant", action="append", default=[], metavar="KEY=VALUE,KEY=VALUE",
+                   help="a run with these keys as well as the run as it is; may be repeated")  # fmt: skip
+    p.add_argument("--work", metavar="DIR", help="where the copies run (default: chaos-RUN beside it)")
+
+
+def stream(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from pipeline.benchmarks.stream import NAMES, compare, report, write_csv
+    from pipeline.config import ConfigError
+    from pipeline.data.dataset import Location, open_dataset
+
+    unknown = [name for name in options.only if name not in NAMES]
+    if unknown:
+        raise ConfigError(f"--only {unknown[0]} is no contender; choose from {', '.join(NAMES)}")
+    with Progress("measuring", "rounds") as progress:
+        result = compare(
+            open_dataset(Location(options.root)), split=options.split, images=options.images, rounds=options.repeats,
+            size=options.size, batch=options.batch, only=options.only, progress=progress,
+        )  # fmt: skip
+    report(result, Console(width=None if sys.stdout.isatty() else 140))
+    if options.csv:
+        write_csv(result, Path(options.csv))
+    return DONE
+
+
+def epochs(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from pipeline.benchmarks import epochs as table
+    from pipeline.data.dataset import Location, open_dataset
+
+    dataset = open_dataset(Location(options.root))
+    passes = []
+    with Progress("reading", "epochs") as progress:
+        for workers in options.workers:
+            for each in table.epochs(
+                dataset, workers=workers, count=options.epochs, size=options.size, batch=options.batch
+            ):
+                passes.append(each)
+                progress(len(passes), options.epochs * len(options.workers))
+    Console().print(table.report(passes))
+    return DONE
+
+
+def start(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from pipeline.benchmarks.start import report, starts
+    from pipeline.config import ConfigError
+    from pipeline.data.dataset import Location, open_dataset
+
+    dataset = open_dataset(Location(options.root))  # indexed, if need be, before anything is timed
+    epoch = dataset.manifest.count("train") // options.batch * options.batch
+    if max(options.samples) >= epoch:
+        raise ConfigError(
+            f"--samples {max(options.samples)}: an epoch has {epoch} in batches of {options.batch}; lower it"
+        )
+    with Progress("starting", "starts") as progress:
+        found = starts(
+            options.root,
+            samples=options.samples,
+            workers=options.workers,
+            repeats=options.repeats,
+            size=options.size,
+            batch=options.batch,
+            progress=progress,
+        )
+    Console().print(report(found))
+    return DONE
+
+
+def chaos(options: argparse.Namespace) -> int:
+    from pipeline.benchmarks import chaos as harness
+    from pipeline.config import ConfigError
+    from pipeline.launch.plan import CONFIG
+
+    frozen = Path(options.run)
+    if not (frozen / CONFIG).is_file():
+        raise ConfigError(f"{frozen} is no run: it holds no {CONFIG}; give a directory like runs/NAME")
+    work = Path(options.work or frozen.parent / f"chaos-{frozen.name}")
+    with Progress("killing", "kills") as progress:
+        report = harness.chaos(
+            frozen,
+            work,
+            worlds=options.processes,
+            kills=options.kills,
+            seed=options.seed,
+            variants=[[], *(variant.split(",") for variant in options.variant)],
+            progress=progress,
+        )
+    for difference in report.differences:
+        print(difference, file=sys.stderr)
+    killed = sum(kill.signal == "SIGKILL" for kill in report.kills)
+    verdict = f"{len(report.differences)} differences, see {work}" if report.differences else "the same, bit for bit"
+    print(f"{report.runs} runs, {killed} times SIGKILL and {len(report.kills) - killed} times SIGTERM: {verdict}")
+    return FAILED if report.differences else DONE
+
+
+def _add_loading(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--workers", type=none_or_more, nargs="+", default=[1, 2], metavar="N", help="default: 1 2")
+    parser.add_argument("--size", type=count, default=224, metavar="N", help="pixels a side (default: 224)")
+    parser.add_argument("--batch", type=count, default=128, metavar="N", help="images a batch (default: 128)")

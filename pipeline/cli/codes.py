@@ -1,0 +1,26 @@
+"""Exit codes, and the one line of an error that is the user's to mend."""
+
+from __future__ import annotations
+
+DONE, FAILED, USAGE, BAD_DATA, RESUMABLE = 0, 1, 2, 3, 75
+
+
+def code_of(error: Exception) -> int | None:
+    """The exit code of an error that is the user's to mend, or None for one that is ours."""
+    names = {kind.__name__ for kind in type(error).__mro__}  # by name: their modules may not be imported
+    if isinstance(error, OSError) and error.filename is not None:
+        return FAILED  # no space, no permission, no such place
+    if "InterruptedRunError" in names:
+        return FAILED  # of an evaluation: nothing is kept; `train` answers its own with 75
+    if names & {"LockedError", "CheckpointError", "SyncError"}:
+        return FAILED
+    if "FailedRunError" in names:
+        return int(error.code)  # type: ignore[attr-defined]
+    return USAGE if "ConfigError" in names else BAD_DATA if "DataError" in names else None
+
+
+def line_of(error: Exception) -> str:
+    """The message itself."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return str(error).strip()

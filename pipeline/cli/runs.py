@@ -1,0 +1,276 @@
+"""pipeline train, evaluate, sync: a run from its config to its end."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipeline.cli.codes import DONE, FAILED, RESUMABLE
+from pipeline.cli.options import add_verb, seconds
+from pipeline.cli.settling import settle, settled
+
+if TYPE_CHECKING:
+    from pipeline.config import Config
+    from pipeline.data.dataset import Dataset
+    from pipeline.launch.failure import FailedRunError
+    from pipeline.world import World
+
+
+def add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    p = add_verb(verbs, "train", train, "train a recipe on a data set, or go on with a run",
+                 "pipeline train recipe=bn_x5 data=cifar10 cluster.devices=2 run.id=first\n"
+                 "  pipeline train runs/first/config.yaml trainer.max_epochs=20", goes_on=True)  # fmt: skip
+    p.add_argument(
+        "words", nargs="*", metavar="key=value | RUN/config.yaml",
+        help="overrides of conf/config.yaml, or of a frozen config; --print-config lists all keys",
+    )  # fmt: skip
+    p.add_argument("--print-config", action="store_true", help="show the resolved config and stop")
+
+    p = add_verb(verbs, "evaluate", evaluate, "score a run's checkpoint on the validation images",
+                 "pipeline evaluate runs/first --checkpoint best cluster.devices=2")  # fmt: skip
+    p.add_argument("run", help="the run's directory")
+    p.add_argument("words", nargs="*", metavar="key=value", help="keys to change")
+    p.add_argument("--checkpoint", default="newest", help="newest, best, or a file (default: newest)")
+
+    p = add_verb(
+        verbs, "sync", sync, "send a run's offline segments to W&B, in order and each once, and rows that it lacks",
+        "pipeline sync runs/first --timeout 120",
+    )  # fmt: skip
+    p.add_argument("run", help="the run's directory")
+    p.add_argument("--timeout", type=seconds, default=600.0, metavar="SECONDS", help="default: 600")
+
+
+def train(options: argparse.Namespace) -> int:
+    from pipeline.config import ConfigError, compose_config, to_yaml
+    from pipeline.world import World
+
+    if World.is_launched():  # one process of several: the config is frozen
+        return _train_launched(_of_run(_frozen(options.words)))
+    files = [word for word in options.words if word.endswith((".yaml", ".yml")) and "=" not in word]
+    if len(files) > 1:
+        raise ConfigError(f"{files[1]} is a second config; give one RUN/config.yaml, and key=value behind it")
+    overrides = [word for word in options.words if word not in files]
+    config = _of_run(Path(files[0]), overrides) if files else compose_config(overrides)
+    if options.print_config:
+        print(to_yaml(config), end="")
+        return DONE
+    from pipeline.data.shards import MANIFEST, write_atomically
+    from pipeline.launch.failure import FailedRunError
+    from pipeline.launch.lock import locked
+    from pipeline.launch.plan import CONFIG, named, open_run
+
+    config, dataset = settle(config)
+    config = named(config)
+    with locked(config.directory):
+        while True:
+            config = open_run(config)
+            write_atomically(config.directory / MANIFEST, (dataset.directory / MANIFEST).read_bytes())
+            words = ["train", str(config.directory / CONFIG)]
+            try:
+                if config.world == 1:
+                    return _noted(config, lambda: _train_here(config))  # noqa: B023  (called at once)
+                return _noted(config, lambda: _launch_here(config, words, dataset))  # noqa: B023
+            except FailedRunError as failure:
+                if not failure.restart:
+                    raise _with_way_on(failure, config) from None
+                print(f"pipeline: {failure}", file=sys.stderr)
+
+
+def evaluate(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from pipeline.config import ConfigError
+    from pipeline.launch.plan import CONFIG
+    from pipeline.world import World
+
+    directory = Path(options.run)
+    if not (directory / CONFIG).is_file():
+        raise ConfigError(f"{directory} is no run: it holds no {CONFIG}; give a directory like runs/NAME")
+    config = settled(_of_run(directory / CONFIG, options.words))
+    checkpoint = _checkpoint(directory, options.checkpoint)
+    if config.world > 1 and not World.is_launched():
+        words = ["evaluate", str(directory), "--checkpoint", str(checkpoint), *options.words]
+        return _launch_here(config, words)
+    from pipeline import run
+
+    world = World.from_environment()
+    _agree(config, world)
+    run.evaluate(config, world, Console(quiet=not world.leads), checkpoint=checkpoint)
+    return DONE
+
+
+def sync(options: argparse.Namespace) -> int:
+    from pipeline.callbacks.sync import synchronize
+    from pipeline.callbacks.wandb_reporter import WandbPlace
+    from pipeline.config import ConfigError
+    from pipeline.launch.lock import locked
+    from pipeline.launch.plan import CONFIG, RECORD, read_record
+
+    directory = Path(options.run)
+    if not ((directory / CONFIG).is_file() and (directory / RECORD).is_file()):
+        raise ConfigError(f"{directory} is no run: it holds no {CONFIG}; give a directory like runs/NAME")
+    config, record = _of_run(directory / CONFIG), read_record(directory)
+    place = WandbPlace(
+        id=record.wandb_id, name=config.run.id, project=config.tracking.project, entity=config.tracking.entity,
+        group=config.tracking.group, tags=config.tracking.tags,
+    )  # fmt: skip
+    ended = record.starts[-1].get("ended") if record.starts else None
+    code = {"done": DONE, "interrupted": RESUMABLE}.get(str(ended), FAILED)
+    with locked(directory):  # the segment of a run that goes on is still being written
+        synchronize(directory, place, seconds=options.timeout, exit_code=code)
+    return DONE
+
+
+def _of_run(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """A frozen config. One that lies in its run's directory belongs to that directory, wherever it was moved."""
+    from pipeline.config import completed, read_config
+    from pipeline.launch.plan import RECORD
+
+    config = read_config(path, overrides)
+    if (path.parent / RECORD).is_file():
+        config = completed(config, run={"dir": str(path.parent.parent), "id": path.parent.name})
+    return config
+
+
+def _train_here(config: Config) -> int:
+    from rich.console import Console
+
+    from pipeline import run
+    from pipeline.callbacks.preemption import InterruptedRunError
+    from pipeline.launch.failure import FailedRunError, leave_verdict
+    from pipeline.world import World
+
+    world = World.from_environment()
+    _agree(config, world)
+    try:
+        run.train(config, world, Console(quiet=not world.leads))
+    except InterruptedRunError as interruption:
+        if world.leads:
+            print(
+                f"pipeline: {interruption}; go on with: pipeline train {config.directory}/config.yaml", file=sys.stderr
+            )
+        return RESUMABLE
+    except FailedRunError as failure:
+        if config.world == 1:
+            raise
+        said = leave_verdict(failure)  # our launcher says it, once
+        if world.rank if said else world.leads or not failure.shared:
+            print(f"pipeline: {_with_way_on(failure, config)}", file=sys.stderr)
+        sys.exit(failure.code)  # not returned: a failed start counts as one, whatever its code
+    return DONE
+
+
+def _with_way_on(failure: FailedRunError, config: Config) -> FailedRunError:
+    """The same, with the command that goes on or the place of the logs."""
+    from pipeline.launch.failure import AGAIN, FailedRunError
+    from pipeline.launch.plan import newest_step
+
+    if failure.code != AGAIN:
+        return FailedRunError(f"{failure}; logs: {config.directory / 'logs'}", code=failure.code)
+    step = newest_step(config.directory)
+    begin = f"from step {step}" if step else "from the beginning, there is no checkpoint yet,"
+    return FailedRunError(
+        f"{failure}; go on {begin} with: pipeline train {config.directory}/config.yaml", code=failure.code
+    )
+
+
+def _train_launched(config: Config) -> int:
+    """One rank. Where another launcher than ours started it, the leading one holds the directory and keeps run.json."""
+    from pipeline.launch.local import LAUNCHER
+    from pipeline.launch.lock import locked
+    from pipeline.world import World
+
+    if os.environ.get(LAUNCHER) or not World.from_environment().leads:
+        return _train_here(config)
+    with locked(config.directory):
+        return _noted(config, lambda: _train_here(config))
+
+
+def _noted(config: Config, start: Callable[[], int]) -> int:
+    """Run, and note in run.json how it ended."""
+    from pipeline.launch.plan import close_run
+
+    ended = "failed"
+    try:
+        code = start()
+        ended = {DONE: "done", RESUMABLE: "interrupted"}.get(code, ended)
+        return code
+    except KeyboardInterrupt:
+        ended = "interrupted"
+        raise
+    finally:
+        close_run(config.directory, ended)
+
+
+def _frozen(words: list[str]) -> Path:
+    from pipeline.config import ConfigError
+
+    if len(words) != 1 or not words[0].endswith((".yaml", ".yml")):
+        raise ConfigError(
+            f"a process started by a launcher (RANK is set) takes the frozen config alone, "
+            f"not {' '.join(words) or 'none'}; give RUN/config.yaml, or unset RANK"
+        )
+    return Path(words[0])
+
+
+def _agree(config: Config, world: World) -> None:
+    """What the launcher started is what was asked for, or nothing starts."""
+    from pipeline.config import ConfigError
+
+    if world.size != config.world:
+        raise ConfigError(
+            f"cluster.nodes x cluster.devices = {config.world}, but the launcher started {world.size} processes; "
+            "make them equal"
+        )
+
+
+def _launch_here(config: Config, arguments: list[str], dataset: Dataset | None = None) -> int:
+    from pipeline.config import ConfigError
+    from pipeline.launch.local import run_processes
+
+    if config.cluster.nodes > 1:
+        raise ConfigError(
+            f"cluster.nodes = {config.cluster.nodes}: one machine cannot start several; "
+            "start torchrun on every node with RUN/config.yaml, or set cluster.nodes=1"
+        )
+    return run_processes(
+        arguments,
+        processes=config.cluster.devices,
+        threads=config.trainer.threads,
+        logs=config.directory / "logs",
+        lead_seconds=config.cluster.lead_seconds,
+        name=lambda rank, epoch, number: _sample_names(config, dataset)(rank, epoch, number) if dataset else [],
+    )
+
+
+def _sample_names(config: Config, dataset: Dataset) -> Callable[[int, int, int], list[str]]:
+    from pipeline.data.images import open_images
+    from pipeline.data.loader import Batching, sample_names
+
+    data = config.data
+    images = open_images(dataset, "train", data.num_classes, data.window)
+    return sample_names(
+        images.split,
+        Batching(
+            data.global_batch_size,
+            data.micro_batch_size,
+            world=config.world,
+            seed=config.seed,
+            window=data.window,
+        ),
+    )
+
+
+def _checkpoint(directory: Path, wanted: str) -> Path:
+    from pipeline.config import ConfigError
+    from pipeline.training.checkpoint import BEST, newest
+
+    folder = directory / "checkpoints"
+    path = newest(folder) if wanted == "newest" else folder / BEST if wanted == "best" else Path(wanted)
+    if path is None or not path.is_file():
+        raise ConfigError(f"--checkpoint {wanted}: there is none in {folder}; train first, or give a file")
+    return path
