@@ -18,7 +18,7 @@ from pipeline.launch.pulse import PULSES, read_place
 
 LAUNCHER = "PIPELINE_LAUNCHER"  # set for our ranks: the run's directory is held by the process that started them
 _GRACE_SECONDS = 15.0  # what the others get to notice that one has died
-_KILLED_GRACE_SECONDS = 3.0  # the same where it was killed: the others can know no better
+_KILLED_GRACE_SECONDS = 3.0  # the same where it was killed, and after a second Ctrl-C: no rank can tell more
 _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 RESUMABLE = 75
@@ -38,8 +38,9 @@ def run_processes(
     """Run `python -m pipeline ARGUMENTS` once a rank; returns the exit status of the run.
 
     Rank 0 keeps the terminal, the others write to logs/rank-<r>.log. SIGTERM, SIGINT and SIGUSR2 go
-    to all; after lead_seconds they are killed. When one rank fails the others are ended, and its status
-    is the run's; 75 of any rank means interrupted and resumable, if none failed otherwise.
+    to all; after lead_seconds, or soon after a second SIGINT, they are killed. When one rank fails the
+    others are ended, and its status is the run's; 75 of any rank means interrupted and resumable, if none
+    failed otherwise.
 
     name: keys of a rank's samples. Raises FailedRunError where a rank said why the run failed, or a signal ended one.
     """
@@ -90,12 +91,13 @@ class _Watch:
         self.failed: int | None = None  # the first rank that did
         self.verdict: FailedRunError | None = None  # what a rank has said of the run's end
         self.verdict_came_first = False
-        self._deadline, self._signalled = float("inf"), False
+        self._deadline, self._signalled, self._interrupted = float("inf"), False, False
 
     def wait(self, lead_seconds: float) -> int:
         def forward(number: int, frame: object) -> None:
-            self._until(lead_seconds)
-            self._signalled = True
+            second = number == signal.SIGINT and self._interrupted
+            self._until(_KILLED_GRACE_SECONDS if second else lead_seconds)
+            self._signalled, self._interrupted = True, number == signal.SIGINT
             for process in self.ranks:
                 if process.poll() is None:
                     process.send_signal(number)

@@ -19,17 +19,20 @@ if mode == "codes":
 if mode == "crash" and rank == 1:
     print("the reason", file=sys.stderr, flush=True); sys.exit(9)
 def note(number, frame):
+    if mode == "deaf":
+        return open(f"heard-{rank}", "w").close()
     print("signal", number, flush=True); sys.exit(75)
 for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
     signal.signal(number, note)
 open(f"ready-{rank}", "w").close()
-time.sleep(60)
+while True:
+    time.sleep(60)
 """
 RUN = """
 import sys
 from pathlib import Path
 from pipeline.launch import local
-local._GRACE_SECONDS = 0.5
+local._GRACE_SECONDS = local._KILLED_GRACE_SECONDS = 0.5
 print("launcher", flush=True)
 sys.exit(local.run_processes(sys.argv[1:], processes=2, threads=1, logs=Path("logs")))
 """
@@ -101,6 +104,18 @@ def test_signals_reach_every_rank_and_75_comes_back(launcher, number):
     assert process.returncode == 75
     assert f"signal {int(number)}" in output
     assert f"signal {int(number)}" in Path("logs/rank-1.log").read_text()
+
+
+def test_a_second_interrupt_ends_ranks_that_do_not_hear(launcher):
+    process = launcher("deaf")
+    wait_for("ready-0", "ready-1")
+    process.send_signal(signal.SIGINT)
+    wait_for("heard-0", "heard-1")
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(timeout=1)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=30)  # far below the 120 seconds after a first one
+    assert process.returncode == 75
 
 
 def test_no_rank_outlives_a_killed_launcher(launcher):
