@@ -7,7 +7,6 @@ validation and estimate of statistics in turn. This file knows no Lightning: a w
 
 from __future__ import annotations
 
-import atexit
 import math
 import multiprocessing
 import signal
@@ -15,6 +14,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing.util import Finalize
 from typing import Any, NamedTuple
 
 from torch.utils.data import DataLoader, Dataset
@@ -177,8 +177,9 @@ class Workers:
         self._places = Places()
         self._loader = self._new(self._places)
         self._running: object | None = None
-        # multiprocessing would end them by one SIGTERM at exit, which they take for a signal to the whole job.
-        atexit.register(_end, weakref.ref(self))
+        # multiprocessing would end them by one SIGTERM at exit, which they take for a signal to the whole job. Before
+        # that it calls this, in a process that it started itself, too, which atexit does not.
+        Finalize(None, _end, (weakref.ref(self),), exitpriority=1)
 
     def load(self, epoch: int | None, numbers: range) -> Iterator[Item]:
         """Items in the order of their numbers."""
