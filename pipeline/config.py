@@ -292,15 +292,19 @@ def _schema() -> DictConfig:
     return cast(DictConfig, schema)
 
 
+def identity(config: Config) -> dict[str, Any]:
+    """What the run is, by key: all but where it happens."""
+    return {key: value for key, value in _flat(dataclasses.asdict(config)).items() if not key.startswith(CIRCUMSTANCE)}
+
+
 def differences(new: Config, old: Config) -> list[str]:
     """Where the identity of two runs differs, one line each. What either leaves open (0 threads, "") agrees."""
-    left, right = _flat(dataclasses.asdict(new)), _flat(dataclasses.asdict(old))
+    left, right = identity(new), identity(old)
     filled = {"trainer.threads": 0, "data.digest": "", "data.num_classes": 0, "data.decoder": ""}
     return [
         f"{key} = {left[key]!r}, the run has {right[key]!r}"
         for key in left
-        if left[key] != right[key] and not key.startswith(CIRCUMSTANCE)
-        and filled.get(key, ...) not in (left[key], right[key])
+        if left[key] != right[key] and filled.get(key, ...) not in (left[key], right[key])
     ]  # fmt: skip
 
 

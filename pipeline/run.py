@@ -40,7 +40,7 @@ from pipeline.callbacks.throughput import Throughput
 from pipeline.callbacks.tracking import Reporter, Tracking
 from pipeline.callbacks.wandb_reporter import TrackingError, WandbPlace, WandbReporter
 from pipeline.callbacks.watchdog import Watchdog, connection_broke, note_traceback
-from pipeline.config import Config, ConfigError, completed, read_config
+from pipeline.config import Config, ConfigError, completed, identity, read_config
 from pipeline.data.augment import Augmentation, CentreCrop, Preparation
 from pipeline.data.batch import micro_batches
 from pipeline.data.datamodule import ImageData
@@ -56,7 +56,7 @@ from pipeline.launch.plan import note_start, read_record
 from pipeline.launch.pulse import Pulse, pulse_path
 from pipeline.models.registry import MODELS
 from pipeline.norm import SyncBatchNorm, convert
-from pipeline.training.checkpoint import Checkpoints, newest
+from pipeline.training.checkpoint import Checkpoints, clear, newest, set_aside
 from pipeline.training.checkpoint_io import CheckpointFiles
 from pipeline.training.classifier import Classifier
 from pipeline.training.loss import Loss
@@ -103,7 +103,7 @@ def assemble(config: Config, world: World) -> Assembly:
     )
     checkpoints = Checkpoints(
         config.directory / "checkpoints",
-        CheckpointFiles(),
+        CheckpointFiles(identity(config)),
         every_steps=config.trainer.checkpoint_every_steps,
         every_minutes=config.trainer.checkpoint_every_minutes,
         keep=config.trainer.keep_checkpoints,
@@ -241,10 +241,13 @@ def train(config: Config, world: World, console: Console) -> Scores | None:
     record = read_record(config.directory)
     say = partial(console.print, highlight=False, soft_wrap=True)
     run.checkpoints.say = say
-    start = newest(run.checkpoints.directory, say)
+    start, faults = newest(run.checkpoints.directory, identity(config))
     progress = ProgressReport(console, steps=run.steps)
     reporters: list[Reporter] = []
     if world.leads:
+        clear(run.checkpoints.directory)
+        for path, fault in faults.items():
+            say(f"WARNING: {path} is passed over, and now called {set_aside(path).name}: {fault}")
         _announce(run, start, console)
         facts = {"torch": torch.__version__, "device": _device_name(config)}
         for change in note_start(config.directory, **facts):

@@ -270,7 +270,7 @@ def _checkpoint(directory: Path, wanted: str) -> Path:
     from pipeline.training.checkpoint import BEST, newest
 
     folder = directory / "checkpoints"
-    path = newest(folder) if wanted == "newest" else folder / BEST if wanted == "best" else Path(wanted)
+    path = newest(folder)[0] if wanted == "newest" else folder / BEST if wanted == "best" else Path(wanted)
     if path is None or not path.is_file():
         raise ConfigError(f"--checkpoint {wanted}: there is none in {folder}; train first, or give a file")
     return path

@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import lightning
 
 from pipeline.evaluation.metrics import Scores
-from pipeline.training.checkpoint_io import CheckpointError, CheckpointFiles, damage
+from pipeline.training.checkpoint_io import TEMPORARY, CheckpointError, CheckpointFiles, damage
 from pipeline.training.classifier import Classifier
 
 BEST = "best.ckpt"
@@ -183,25 +183,37 @@ def ends_epoch(trainer: lightning.Trainer) -> bool:
     return trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
 
 
+def clear(directory: Path) -> None:
+    """Remove what killed processes left half-written. To be called by whoever holds the directory."""
+    for path in directory.glob(TEMPORARY):
+        path.unlink(missing_ok=True)
+
+
 def checkpoints(directory: Path) -> list[Path]:
     """A run's numbered checkpoints, oldest first."""
     return sorted(path for path in directory.glob("step-*.ckpt") if _NAME.fullmatch(path.name))
 
 
-def newest(directory: Path, say: Callable[[str], None] = lambda text: None) -> Path | None:
-    """The newest whole checkpoint, or None where there is none at all; says which damaged ones it passes over.
+def newest(directory: Path, identity: Mapping[str, Any] | None = None) -> tuple[Path | None, dict[Path, str]]:
+    """The newest whole checkpoint of the run, None where there is no file at all; and why newer files are not.
 
     Raises CheckpointError where none is whole, or one is of a newer format.
     """
-    found = checkpoints(directory)
+    found, faults = checkpoints(directory), dict[Path, str]()
     for path in reversed(found):
-        fault = damage(path)
+        fault = damage(path, identity)
         if not fault:
-            return path
-        say(f"WARNING: {path} is passed over: {fault}")
+            return path, faults
+        faults[path] = fault
     if found:
         raise CheckpointError(
-            f"{directory} holds {len(found)} checkpoints and none is whole; bring one back, or remove them and "
-            "start again"
+            f"{directory} holds {len(found)} checkpoints and none to go on from ({found[-1].name} is "
+            f"{faults[found[-1]]}); bring one back, or remove them and start again"
         )
-    return None
+    return None, faults
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a file that is no checkpoint of this run, so that it neither counts as the newest nor is lost."""
+    aside = path.with_name(f"{path.name}.set-aside")
+    return path.rename(aside)

@@ -10,7 +10,7 @@ import io
 import os
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from torch import Tensor
 
 FORMAT = 1  # of what a checkpoint holds; newer ones are refused
 STAMP = "pipeline"
+TEMPORARY = ".*.ckpt.*.tmp"  # what a file is called until it is whole
 
 
 class CheckpointError(Exception):
@@ -28,9 +29,13 @@ class CheckpointError(Exception):
 
 
 class CheckpointFiles(TorchCheckpointIO):
-    """Lightning's way to the disk. failure: why the last write failed, or "". waited: seconds that training stood."""
+    """Lightning's way to the disk. failure: why the last write failed, or "". waited: seconds that training stood.
 
-    def __init__(self) -> None:
+    identity: what the run is, by key, which goes into each file.
+    """
+
+    def __init__(self, identity: Mapping[str, Any] | None = None) -> None:
+        self.identity = dict(identity or {})
         self.failure, self.waited = "", 0.0
         self._writer: ThreadPoolExecutor | None = None
         self._writing: Future[None] | None = None
@@ -71,7 +76,7 @@ class CheckpointFiles(TorchCheckpointIO):
 
     def _write(self, checkpoint: dict[str, Any], path: Path, then: Callable[[], None] | None) -> None:
         try:
-            write_checkpoint(checkpoint, path)
+            write_checkpoint(checkpoint, path, self.identity)
             if then is not None:
                 then()
             self.failure = ""
@@ -79,7 +84,7 @@ class CheckpointFiles(TorchCheckpointIO):
             self.failure = f"{path.name}: {error.strerror or error}"
 
 
-def write_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
+def write_checkpoint(checkpoint: dict[str, Any], path: Path, identity: Mapping[str, Any] | None = None) -> None:
     """Write it whole or not at all. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -87,7 +92,7 @@ def write_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
         with temporary.open("wb", buffering=0) as raw:
             file = _Watched(raw)
             try:
-                torch.save({**checkpoint, STAMP: {"format": FORMAT}}, file)
+                torch.save({**checkpoint, STAMP: {"format": FORMAT, "identity": dict(identity or {})}}, file)
             except RuntimeError:
                 if file.error is None:
                     raise
@@ -118,8 +123,11 @@ class _Watched(io.BufferedWriter):
             raise
 
 
-def damage(path: Path) -> str:
-    """Why a file is no whole checkpoint of ours, or "". Every byte is read and compared with its checksum."""
+def damage(path: Path, identity: Mapping[str, Any] | None = None) -> str:
+    """Why a file is no whole checkpoint of the run that identity describes, or "".
+
+    Every byte is read and compared with its checksum. Raises CheckpointError for one of a newer format.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()
@@ -137,6 +145,10 @@ def damage(path: Path) -> str:
             f"{path} has format {content[STAMP]['format']}, this version reads up to {FORMAT}; go on with the newer "
             "version that wrote it"
         )
+    here, there = identity or {}, content[STAMP].get("identity", {})
+    unlike = [key for key in here if key in there and here[key] != there[key]]
+    if unlike:
+        return f"of another run ({', '.join(f'{key} = {there[key]!r}, here {here[key]!r}' for key in unlike[:3])})"
     return ""
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from pipeline.training import checkpoint_io
-from pipeline.training.checkpoint import BEST, _tidy, checkpoints, newest
+from pipeline.training.checkpoint import BEST, _tidy, checkpoints, clear, newest, set_aside
 from pipeline.training.checkpoint_io import STAMP, CheckpointError, CheckpointFiles, damage, write_checkpoint
 
 
@@ -57,7 +57,7 @@ def test_a_full_disk_leaves_the_last_good_one_and_is_said(tmp_path, monkeypatch)
     files.save_checkpoint(state(2), tmp_path / "step-00000002.ckpt")
     files.finish()
     assert files.failure == "step-00000002.ckpt: No space left on device"
-    assert newest(tmp_path) == path
+    assert newest(tmp_path) == (path, {})
     monkeypatch.undo()
     files.save_checkpoint(state(2), tmp_path / "step-00000002.ckpt")
     files.teardown()
@@ -93,13 +93,13 @@ def test_loading_runs_no_code(tmp_path):
 
 
 def test_the_newest_is_the_one_of_most_steps_and_half_written_ones_do_not_count(tmp_path):
-    assert newest(tmp_path) is None
+    assert newest(tmp_path) == (None, {})
     for step in (9, 100):
         written(tmp_path, step)
     for name in ("best.ckpt", ".step-00000200.ckpt.1.tmp", "step-x.ckpt"):
         (tmp_path / name).touch()
     assert [p.name for p in checkpoints(tmp_path)] == ["step-00000009.ckpt", "step-00000100.ckpt"]
-    assert newest(tmp_path) == tmp_path / "step-00000100.ckpt"
+    assert newest(tmp_path) == (tmp_path / "step-00000100.ckpt", {})
 
 
 @pytest.mark.parametrize("keep", [0, 10, 0.5, 0.999])
@@ -107,9 +107,7 @@ def test_a_torn_one_is_passed_over_with_a_warning(tmp_path, keep):
     good, torn = written(tmp_path, 1), written(tmp_path, 2)
     content = torn.read_bytes()
     torn.write_bytes(content[: int(keep * len(content)) if keep < 1 else keep])
-    said = []
-    assert newest(tmp_path, said.append) == good
-    assert said == [f"WARNING: {torn} is passed over: {damage(torn)}"]
+    assert newest(tmp_path) == (good, {torn: damage(torn)})
 
 
 def test_a_flipped_bit_in_any_tensor_is_found(tmp_path):
@@ -120,13 +118,39 @@ def test_a_flipped_bit_in_any_tensor_is_found(tmp_path):
     content[entry.header_offset + 2000] ^= 1
     path.write_bytes(content)
     assert "damaged" in damage(path)
-    assert newest(tmp_path) == good
+    assert newest(tmp_path) == (good, {path: damage(path)})
+
+
+def test_one_of_another_run_is_passed_over_and_what_differs_is_named(tmp_path):
+    narrow, wide = {"model.width": 0.5, "seed": 1}, {"model.width": 1.0, "seed": 1, "model.new": 3}
+    good, other = written(tmp_path, 1), tmp_path / "step-00000002.ckpt"
+    write_checkpoint(state(2), other, wide)
+    assert newest(tmp_path, narrow) == (good, {other: "of another run (model.width = 1.0, here 0.5)"})
+    assert newest(tmp_path, {"seed": 1, "model.newer": 4}) == (other, {})  # a key that one of them lacks is no rule
+
+
+def test_a_file_set_aside_neither_counts_nor_is_lost(tmp_path):
+    good, torn = written(tmp_path, 1), written(tmp_path, 2)
+    torn.write_bytes(b"half")
+    aside = set_aside(torn)
+    _tidy(good, keep=1, best=False)
+    assert newest(tmp_path) == (good, {})
+    assert aside.read_bytes() == b"half"
+
+
+def test_what_a_killed_process_left_half_written_is_removed(tmp_path):
+    good = written(tmp_path, 1)
+    for name in (".step-00000002.ckpt.17.tmp", ".best.ckpt.9.tmp"):
+        (tmp_path / name).touch()
+    clear(tmp_path)
+    assert list(tmp_path.iterdir()) == [good]
 
 
 def test_a_foreign_file_is_passed_over_and_none_whole_is_refused(tmp_path):
     torch.save({"model": torch.ones(3)}, tmp_path / "step-00000007.ckpt")
     assert damage(tmp_path / "step-00000007.ckpt") == "not written by this program"
-    with pytest.raises(CheckpointError, match="holds 1 checkpoints and none is whole; bring one back, or remove them"):
+    said = r"holds 1 checkpoints and none to go on from \(step-00000007.ckpt is not written by this program\); bring"
+    with pytest.raises(CheckpointError, match=said):
         newest(tmp_path)
 
 
