@@ -1,7 +1,9 @@
 """Runs that are killed at random moments, and started again until they are done, beside one that was left alone.
 
 What must be equal, bit for bit, on the same number of ranks: final weights and momenta, every row of
-metrics.csv but its clocks, and the ledger, in which each sample stands once an epoch.
+metrics.csv but its clocks, and the ledger, in which each sample stands once an epoch. W&B's segments together
+must hold the rows of metrics.csv, each once. A third of the kills waits for a checkpoint that is being written,
+a third for a validation.
 Ranks are processes of a fork server that has imported everything, so that a start takes a second; they run
 what `pipeline train RUN/config.yaml` runs.
 """
@@ -18,11 +20,12 @@ import signal
 import socket
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -30,25 +33,32 @@ from rich.console import Console
 from pipeline import run
 from pipeline.callbacks.journal import Row, read_journal
 from pipeline.callbacks.preemption import InterruptedRunError
+from pipeline.callbacks.segments import position, position_of, segments
 from pipeline.launch.lock import LOCK, locked
-from pipeline.launch.plan import CONFIG, RECORD
-from pipeline.training.checkpoint import newest
+from pipeline.launch.plan import CONFIG, RECORD, read_record
+from pipeline.launch.pulse import PULSES, read_place
+from pipeline.training.checkpoint import checkpoints
+from pipeline.training.checkpoint_io import TEMPORARY
 from pipeline.world import World
 
-RESUMABLE, FAILED = 75, 1
+RESUMABLE = 75
+ANYTIME, WRITING, VALIDATION = "anytime", "writing a checkpoint", "validation"
 _ALONE_SECONDS = 60.0  # that ranks have to notice the death of another
+_GRACE_SECONDS = 3.0
 _ENDLESS = 40  # starts without an end, after which a run is given up
 
 
 @dataclass(frozen=True, slots=True)
 class Kill:
-    """One interruption: after how many seconds, by what, and whether it met one rank or all."""
+    """One interruption: what it waited for and how long, by what, and whether it met one rank or all."""
 
     run: str
+    moment: str
     seconds: float
     signal: str
     ranks: str
     step: int  # of the newest checkpoint afterwards
+    torn: bool  # it left half a checkpoint behind
 
 
 @dataclass(slots=True)
@@ -84,7 +94,7 @@ def chaos(
         if (world, variant) not in references:
             whole = _copy(frozen, work / f"whole-{world}-{variant}")
             began = time.monotonic()
-            codes = _ended(_started(whole, world, overrides), None)
+            codes, _ = _ended(_started(whole, world, overrides), None, whole)
             if any(codes):
                 raise RuntimeError(f"{whole}: the run itself ends with {codes}; see its logs")
             references[world, variant] = (whole, time.monotonic() - began)
@@ -96,6 +106,20 @@ def chaos(
         if len(report.kills) >= kills:
             return report
     raise AssertionError
+
+
+def summary(report: Report) -> str:
+    """How many runs were interrupted how and when, in one line."""
+
+    def counted(name: str) -> str:
+        found = Counter(getattr(kill, name) for kill in report.kills)
+        return ", ".join(f"{count} {what}" for what, count in sorted(found.items()))
+
+    torn = sum(kill.torn for kill in report.kills)
+    return (
+        f"{report.runs} runs, {len(report.kills)} times interrupted ({counted('signal')}; {counted('moment')}; "
+        f"{torn} left half a checkpoint)"
+    )
 
 
 def _interrupt_until_done(
@@ -110,26 +134,36 @@ def _interrupt_until_done(
 ) -> None:
     for _ in range(_ENDLESS):
         ranks = _started(directory, world, overrides)
-        wait = draw.uniform(0, 0.8 * seconds)  # later, and most runs would be done before
-        number = draw.choice((signal.SIGKILL, signal.SIGTERM))
         chosen = draw.choice((ranks, [draw.choice(ranks)]))
-        kill = None if len(report.kills) >= kills else (wait, number, chosen)
-        codes = _ended(ranks, kill)
-        if not any(codes):
-            return
-        if kill is None or None in codes:
+        aim = Aim(
+            draw.choice((ANYTIME, WRITING, VALIDATION)),
+            draw.uniform(0, 0.8 * seconds),  # later, and most runs would be done before
+            draw.choice((signal.SIGKILL, signal.SIGTERM)),
+            chosen,
+        )
+        wanted = len(report.kills) < kills
+        began = time.monotonic()
+        codes, struck = _ended(ranks, aim if wanted else None, directory)
+        if None in codes or (any(codes) and not struck):
             report.differences.append(f"{directory.name} ({world} ranks): ended with {codes} after {report.kills[-1:]}")
-            if kill is None:
-                return
-        step = newest(directory / "checkpoints")
+            return
+        if not struck:
+            return
+        step = checkpoints(directory / "checkpoints")
         met = "all" if len(chosen) == world else f"rank {ranks.index(chosen[0])}"
-        report.kills.append(Kill(directory.name, wait, number.name, met, int(step.stem[5:]) if step else 0))
+        at = int(step[-1].stem[5:]) if step else 0
+        torn = any((directory / "checkpoints").glob(TEMPORARY))
+        report.kills.append(Kill(directory.name, aim.moment, struck - began, aim.signal.name, met, at, torn))
         progress(len(report.kills), kills)
+        if not any(codes):  # it was done before the signal counted
+            return
     report.differences.append(f"{directory.name} ({world} ranks): not done after {_ENDLESS} starts")
 
 
 def differences(whole: Path, broken: Path, world: int) -> list[str]:
     """In what the results of two runs differ, one line each."""
+    if not checkpoints(broken / "checkpoints"):
+        return ["there is no checkpoint"]
     found = []
     states = [_final(directory) for directory in (whole, broken)]
     for part in ("state_dict", "optimizer_states"):
@@ -142,6 +176,8 @@ def differences(whole: Path, broken: Path, world: int) -> list[str]:
     if rows[0] != rows[1]:
         odd = [row for row in rows[1] if row not in rows[0]] or [row for row in rows[0] if row not in rows[1]]
         found.append(f"metrics.csv has {len(rows[1])} rows instead of {len(rows[0])}; {odd[:1]}")
+    if (whole / "wandb").is_dir():
+        found += _untracked(broken)
     for rank in range(world):
         lines = [(d / "ledger" / f"rank-{rank}.jsonl").read_text().splitlines() for d in (whole, broken)]
         if lines[0] != lines[1]:
@@ -156,7 +192,21 @@ def differences(whole: Path, broken: Path, world: int) -> list[str]:
     return found
 
 
+def _untracked(directory: Path) -> list[str]:
+    """What W&B's segments hold otherwise than metrics.csv."""
+    rows = read_journal(directory / "metrics.csv")
+    written = [row for each in segments(directory, read_record(directory).wandb_id) for row in each.rows()]
+    kept = [(position_of(row), row.get("train/loss", row.get("val/loss"))) for row in written]
+    expected = [(position(row.step, row.split), row.loss) for row in rows]
+    if kept == expected:
+        return []
+    odd = next((b or a for a, b in itertools.zip_longest(expected, kept) if a != b), None)
+    return [f"W&B's segments hold {len(kept)} rows instead of {len(expected)}, position and loss {odd} first"]
+
+
 def _started(directory: Path, world: int, overrides: list[str]) -> list[BaseProcess]:
+    shutil.rmtree(directory / "pulses", ignore_errors=True)
+    (directory / "pulses").mkdir()
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     with socket.socket() as probe:
@@ -172,6 +222,7 @@ def _started(directory: Path, world: int, overrides: list[str]) -> list[BaseProc
 
 def _rank(directory: Path, rank: int, world: int, port: int, overrides: list[str]) -> None:
     """One rank of a start; exits as the command line does."""
+    os.environ[PULSES] = str(directory / "pulses")
     os.environ.update(
         RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world),
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WANDB_SILENT="true", TORCH_CPP_LOG_LEVEL="ERROR",
@@ -190,27 +241,60 @@ def _rank(directory: Path, rank: int, world: int, port: int, overrides: list[str
         sys.exit(RESUMABLE)
 
 
-def _ended(ranks: list[BaseProcess], kill: tuple[float, signal.Signals, list[BaseProcess]] | None) -> list[int | None]:
-    """Wait for the ranks, after a kill for so long as they may take to notice; None for one that had to be ended."""
-    if kill is not None:
-        wait, number, chosen = kill
-        deadline = time.monotonic() + wait
-        while time.monotonic() < deadline and any(rank.is_alive() for rank in ranks):
-            time.sleep(0.01)
-        for rank in chosen:
+class Aim(NamedTuple):
+    """At the next such moment, so many seconds after the start or later, send the signal to these ranks."""
+
+    moment: str
+    seconds: float
+    signal: signal.Signals
+    ranks: list[BaseProcess]
+
+
+def _ended(ranks: list[BaseProcess], aim: Aim | None, directory: Path) -> tuple[list[int | None], float]:
+    """Exit codes, None for a rank that had to be ended, and when the aim was struck, 0 if the run was done before.
+
+    After it the ranks get as long as they may take to notice.
+    """
+    struck = 0.0
+    if aim is not None:
+        begun = time.monotonic() + aim.seconds
+        while any(rank.is_alive() for rank in ranks) and not (time.monotonic() > begun and _is_now(aim, directory)):
+            time.sleep(0.001)
+        for rank in aim.ranks:
             if rank.is_alive() and rank.pid:
-                os.kill(rank.pid, number)
-    deadline = time.monotonic() + (_ALONE_SECONDS if kill is not None else 600)
+                struck = time.monotonic()
+                os.kill(rank.pid, aim.signal)
+    deadline = time.monotonic() + (_ALONE_SECONDS if struck else 600)
+    while any(rank.is_alive() for rank in ranks) and time.monotonic() < deadline:
+        time.sleep(0.01)
+        if struck and time.monotonic() > struck + _GRACE_SECONDS and not all(rank.is_alive() for rank in ranks):
+            for number, rank in enumerate(ranks):
+                if not _has_begun(number, directory):
+                    rank.kill()
     codes: list[int | None] = []
     for rank in ranks:
-        rank.join(max(0.0, deadline - time.monotonic()))
         alive = rank.is_alive()
         if alive:
             rank.kill()
-            rank.join()
+        rank.join()
         codes.append(None if alive else rank.exitcode)
         rank.close()
-    return codes
+    return codes, struck
+
+
+def _has_begun(rank: int, directory: Path) -> bool:
+    """Whether a rank has found the others; one that never will is for its launcher to end, as launch/local does."""
+    place = read_place(directory / "pulses" / f"rank-{rank}")
+    return place is not None and place.phase != "start"
+
+
+def _is_now(aim: Aim, directory: Path) -> bool:
+    if aim.moment == WRITING:
+        return any((directory / "checkpoints").glob(TEMPORARY))
+    if aim.moment == VALIDATION:
+        place = read_place(directory / "pulses" / "rank-0")
+        return place is not None and place.phase == VALIDATION
+    return True
 
 
 def _copy(frozen: Path, to: Path) -> Path:
@@ -223,8 +307,7 @@ def _copy(frozen: Path, to: Path) -> Path:
 
 
 def _final(directory: Path) -> dict[str, Any]:
-    path = newest(directory / "checkpoints")
-    state: dict[str, Any] = torch.load(path, weights_only=True) if path else {}
+    state: dict[str, Any] = torch.load(checkpoints(directory / "checkpoints")[-1], weights_only=True)
     return state
 
 

@@ -139,9 +139,8 @@ def chaos(options: argparse.Namespace) -> int:
         )
     for difference in report.differences:
         print(difference, file=sys.stderr)
-    killed = sum(kill.signal == "SIGKILL" for kill in report.kills)
     verdict = f"{len(report.differences)} differences, see {work}" if report.differences else "the same, bit for bit"
-    print(f"{report.runs} runs, {killed} times SIGKILL and {len(report.kills) - killed} times SIGTERM: {verdict}")
+    print(f"{harness.summary(report)}: {verdict}")
     return FAILED if report.differences else DONE
 
 

@@ -9,7 +9,7 @@ import torch
 
 from pipeline import cli
 from pipeline.benchmarks.chaos import chaos, differences
-from pipeline.training.checkpoint import newest
+from pipeline.training.checkpoint import checkpoints
 from pipeline.training.checkpoint_io import write_checkpoint
 from tests.multiprocess.test_resume import config
 
@@ -42,8 +42,7 @@ def test_the_harness_sees_what_it_is_there_to_see(frozen, tmp_path, capsys):
     whole, broken = tmp_path / "w" / "whole-1-0", tmp_path / "w" / "broken-0"
     assert differences(whole, broken, 1) == []
 
-    path = newest(broken / "checkpoints")
-    assert path is not None
+    path = checkpoints(broken / "checkpoints")[-1]
     state = torch.load(path, weights_only=True)
     name = next(name for name, value in state["state_dict"].items() if value.is_floating_point() and value.numel() > 9)
     weight, place = state["state_dict"][name], (0,) * state["state_dict"][name].dim()
