@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -56,7 +57,7 @@ from pipeline.launch.plan import note_start, read_record
 from pipeline.launch.pulse import Pulse, pulse_path
 from pipeline.models.registry import MODELS
 from pipeline.norm import SyncBatchNorm, convert
-from pipeline.training.checkpoint import Checkpoints, clear, newest, set_aside
+from pipeline.training.checkpoint import Checkpoints, checkpoints, clear, newest, set_aside
 from pipeline.training.checkpoint_io import CheckpointFiles
 from pipeline.training.classifier import Classifier
 from pipeline.training.loss import Loss
@@ -65,6 +66,7 @@ from pipeline.training.shortage import Appetite, shortage
 from pipeline.world import World
 
 _NEVER = 2**31
+_UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EPERM, errno.EACCES, errno.ESTALE, errno.EIO, errno.EFBIG)
 PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed", "64": "64-true"}
 
 
@@ -349,17 +351,32 @@ def explained(run: Assembly, watchdog: Watchdog) -> Iterator[None]:
         if type(error).__module__.startswith("pipeline"):  # it says itself what it is
             failed = not isinstance(error, InterruptedRunError | FailedRunError)
             raise
+        who = f"rank {run.world.rank} of {run.world.size} on {socket.gethostname()}"
+        unwritable = _unwritable(error, config.directory)
+        if unwritable:
+            raise FailedRunError(f"{who}: {unwritable}") from None
         said = shortage(error, _appetite(config, run.world))
         if not said and not connection_broke(error):
             raise
         log = note_traceback(logs, run.world.rank, error)
         if said:
-            raise FailedRunError(f"rank {run.world.rank} of {run.world.size} on {socket.gethostname()}: {said} "
-                                 f"(all of it in {log})") from None  # fmt: skip
+            raise FailedRunError(f"{who}: {said} (all of it in {log})") from None
         failed = False
         raise watchdog.lost(error) from None
     finally:
         watchdog.stop(failed=failed)
+
+
+def _unwritable(error: Exception, directory: Path) -> str:
+    """What to say of a file of the run that cannot be written, or ""."""
+    if not isinstance(error, OSError) or error.errno not in _UNWRITABLE:
+        return ""
+    saved = checkpoints(directory / "checkpoints")
+    last = f"{saved[-1].name} is the newest checkpoint" if saved else "there is no checkpoint yet"
+    return (
+        f"{error.filename or f'a file in {directory}'} cannot be written ({error.strerror}); {last}; make room, or the "
+        f"directory writable, and go on with: pipeline train {directory}/config.yaml"
+    )
 
 
 def _appetite(config: Config, world: World) -> Appetite:

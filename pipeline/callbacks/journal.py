@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -54,7 +55,8 @@ class Journal:
         """Every row is written as it comes."""
 
     def close(self) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # a full disk: `append` has said so
+            self._file.close()
 
 
 def read_journal(path: Path) -> list[Row]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import json
+import logging
 import netrc
 import os
 import time
@@ -171,6 +172,9 @@ def _begin(
     os.environ.setdefault("WANDB_SILENT", "true")
     # Telemetry of W&B's client: towards a server that accepts and never answers it held a process for 22 s at its end.
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+    # Its client writes a log into the run's directory. Where that cannot be written, logging itself would print a
+    # traceback for every line of it.
+    logging.raiseExceptions = False
     return wandb.init(
         id=place.id, name=place.name, project=place.project, entity=place.entity, group=place.group,
         tags=list(place.tags), dir=str(directory.resolve()), config=config, resume="allow",

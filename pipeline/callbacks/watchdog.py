@@ -318,19 +318,21 @@ class Watchdog(lightning.Callback):
 
 
 def note_failure(logs: Path, content: dict[str, Any]) -> None:
-    """A line in logs/failures.jsonl."""
-    logs.mkdir(parents=True, exist_ok=True)
+    """A line in logs/failures.jsonl, if it can be written: what it tells is on the terminal, too."""
     line = json.dumps({"at": datetime.now(tz=UTC).isoformat(timespec="seconds"), **content})
-    with (logs / "failures.jsonl").open("a") as file:
-        file.write(line + "\n")
+    with suppress(OSError):
+        logs.mkdir(parents=True, exist_ok=True)
+        with (logs / "failures.jsonl").open("a") as file:
+            file.write(line + "\n")
 
 
 def note_traceback(logs: Path, rank: int, error: BaseException) -> Path:
-    """The whole story of an error whose line is said on the terminal; returns the log."""
-    logs.mkdir(parents=True, exist_ok=True)
+    """The whole story of an error whose line is said on the terminal; returns the log, which a full disk may lack."""
     log = logs / f"rank-{rank}.log"
-    with log.open("a") as file:
-        traceback.print_exception(error, file=file)
+    with suppress(OSError):
+        logs.mkdir(parents=True, exist_ok=True)
+        with log.open("a") as file:
+            traceback.print_exception(error, file=file)
     return log
 
 

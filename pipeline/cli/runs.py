@@ -203,7 +203,10 @@ def _noted(config: Config, start: Callable[[], int]) -> int:
         ended = "interrupted"
         raise
     finally:
-        close_run(config.directory, ended)
+        try:
+            close_run(config.directory, ended)
+        except OSError as error:
+            print(f"pipeline: {config.directory}/run.json lacks this end: {error.strerror}", file=sys.stderr)
 
 
 def _frozen(words: list[str]) -> Path:

@@ -12,7 +12,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -62,7 +62,8 @@ def locked(directory: Path, say: Callable[[str], None] = print) -> Iterator[None
         ended.set()
         thread.join()
         if _holder(path) == this_process():
-            path.unlink(missing_ok=True)
+            with suppress(OSError):  # stale then, as after a crash
+                path.unlink(missing_ok=True)
 
 
 def _taken(path: Path) -> bool:

@@ -5,6 +5,7 @@ import functools
 import os
 import signal
 import time
+from pathlib import Path
 
 import torch
 
@@ -78,6 +79,14 @@ def spike(loss):
 
 def fat(loss):
     return loss + torch.empty(2**55).sum()
+
+
+def full(loss):
+    """The disk is full, for what this rank appends to its ledger."""
+    (path,) = Path.cwd().glob(f"*/ledger/rank-{os.environ['RANK']}.jsonl")
+    path.unlink()
+    path.symlink_to("/dev/full")
+    return loss
 
 
 def install(what: str, step: int) -> None:

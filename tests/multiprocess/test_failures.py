@@ -174,6 +174,17 @@ def test_a_loss_that_is_no_number_is_named_and_poisons_no_checkpoint(train, soun
     assert all(value.isfinite().all() for value in state.values() if value.is_floating_point())
 
 
+def test_a_disk_that_is_full_is_named_and_the_run_goes_on_when_there_is_room(train):
+    ended = train("full:4", devices=2)
+    assert ended.code == 1
+    assert f"rank 1 of 2 on {socket.gethostname()}: " in ended.line
+    assert "cannot be written (No space left on device); step-00000003.ckpt is the newest checkpoint" in ended.line
+    assert f"go on with: pipeline train {ended.directory}/config.yaml" in ended.line
+    assert "Traceback" not in ended.errors
+    (ended.directory / "ledger" / "rank-1.jsonl").unlink()
+    assert train("", devices=2).code == 0
+
+
 @pytest.mark.slow
 def test_a_loss_that_is_no_number_can_be_skipped_and_the_run_ends_well(train):
     ended = train("no_number:4", "trainer.on_nan=skip", "trainer.checkpoint_every_steps=2")
