@@ -231,14 +231,24 @@ def build_strategy(config: Config, world: World, files: CheckpointFiles) -> Stra
     )  # fmt: skip
 
 
-def go_on(directory: Path, world: World, console: Console, overrides: Sequence[str] = ()) -> Scores | None:
+def go_on(
+    directory: Path,
+    world: World,
+    console: Console,
+    overrides: Sequence[str] = (),
+    watchers: Sequence[lightning.Callback] = (),
+) -> Scores | None:
     """Train the run whose frozen config lies in a directory, wherever that was moved. Raises as `train` does."""
     config = read_config(directory / "config.yaml", overrides)
-    return train(completed(config, run={"dir": str(directory.parent), "id": directory.name}), world, console)
+    config = completed(config, run={"dir": str(directory.parent), "id": directory.name})
+    return train(config, world, console, watchers)
 
 
-def train(config: Config, world: World, console: Console) -> Scores | None:
-    """Train to the end, from the newest checkpoint if there is one. Raises InterruptedRun-, FailedRun-, DataError."""
+def train(config: Config, world: World, console: Console, watchers: Sequence[lightning.Callback] = ()) -> Scores | None:
+    """Train to the end, from the newest checkpoint if there is one. Raises InterruptedRun-, FailedRun-, DataError.
+
+    watchers: callbacks after the run's own.
+    """
     run = assemble(config, world)
     record = read_record(config.directory)
     say = partial(console.print, highlight=False, soft_wrap=True)
@@ -289,7 +299,7 @@ def train(config: Config, world: World, console: Console) -> Scores | None:
         timeout=timedelta(minutes=config.cluster.timeout_minutes),
         on_interruption=partial(_tell_of_interruption, reporters),
     )
-    callbacks += [bad_samples, losses, run.checkpoints, preemption, watchdog]
+    callbacks += [bad_samples, losses, run.checkpoints, preemption, watchdog, *watchers]
     trainer = build_trainer(run, callbacks)
     try:
         with interruptible(), explained(run, watchdog):

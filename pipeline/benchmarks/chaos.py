@@ -4,21 +4,15 @@ What must be equal, bit for bit, on the same number of ranks: final weights and 
 metrics.csv but its clocks, and the ledger, in which each sample stands once an epoch. W&B's segments together
 must hold the rows of metrics.csv, each once. A third of the kills waits for a checkpoint that is being written,
 a third for a validation.
-Ranks are processes of a fork server that has imported everything, so that a start takes a second; they run
-what `pipeline train RUN/config.yaml` runs.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
-import multiprocessing
 import os
 import random
-import shutil
 import signal
-import socket
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -28,20 +22,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from rich.console import Console
 
-from pipeline import run
+from pipeline.benchmarks.ranks import copied, started
 from pipeline.callbacks.journal import Row, read_journal
-from pipeline.callbacks.preemption import InterruptedRunError
 from pipeline.callbacks.segments import position, position_of, segments
-from pipeline.launch.lock import LOCK, locked
-from pipeline.launch.plan import CONFIG, RECORD, read_record
-from pipeline.launch.pulse import PULSES, read_place
+from pipeline.launch.plan import read_record
+from pipeline.launch.pulse import read_place
 from pipeline.training.checkpoint import checkpoints
 from pipeline.training.checkpoint_io import TEMPORARY
-from pipeline.world import World
 
-RESUMABLE = 75
 ANYTIME, WRITING, VALIDATION = "anytime", "writing a checkpoint", "validation"
 _ALONE_SECONDS = 60.0  # that ranks have to notice the death of another
 _GRACE_SECONDS = 3.0
@@ -92,14 +81,14 @@ def chaos(
         variant = number // len(worlds) % len(variants)
         overrides = ["ledger=true", *variants[variant]]
         if (world, variant) not in references:
-            whole = _copy(frozen, work / f"whole-{world}-{variant}")
+            whole = copied(frozen, work / f"whole-{world}-{variant}")
             began = time.monotonic()
-            codes, _ = _ended(_started(whole, world, overrides), None, whole)
+            codes, _ = _ended(started(whole, world, overrides), None, whole)
             if any(codes):
                 raise RuntimeError(f"{whole}: the run itself ends with {codes}; see its logs")
             references[world, variant] = (whole, time.monotonic() - began)
         whole, seconds = references[world, variant]
-        broken = _copy(frozen, work / f"broken-{number}")
+        broken = copied(frozen, work / f"broken-{number}")
         _interrupt_until_done(broken, world, overrides, seconds, draw, report, kills, progress)
         report.runs += 1
         report.differences += [f"{broken.name} ({world} ranks): {d}" for d in differences(whole, broken, world)]
@@ -133,7 +122,7 @@ def _interrupt_until_done(
     progress: Callable[[int, int], None],
 ) -> None:
     for _ in range(_ENDLESS):
-        ranks = _started(directory, world, overrides)
+        ranks = started(directory, world, overrides)
         chosen = draw.choice((ranks, [draw.choice(ranks)]))
         aim = Aim(
             draw.choice((ANYTIME, WRITING, VALIDATION)),
@@ -204,43 +193,6 @@ def _untracked(directory: Path) -> list[str]:
     return [f"W&B's segments hold {len(kept)} rows instead of {len(expected)}, position and loss {odd} first"]
 
 
-def _started(directory: Path, world: int, overrides: list[str]) -> list[BaseProcess]:
-    shutil.rmtree(directory / "pulses", ignore_errors=True)
-    (directory / "pulses").mkdir()
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    ranks: list[BaseProcess] = [
-        context.Process(target=_rank, args=(directory, rank, world, port, overrides)) for rank in range(world)
-    ]
-    for rank in ranks:
-        rank.start()
-    return ranks
-
-
-def _rank(directory: Path, rank: int, world: int, port: int, overrides: list[str]) -> None:
-    """One rank of a start; exits as the command line does."""
-    os.environ[PULSES] = str(directory / "pulses")
-    os.environ.update(
-        RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world),
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WANDB_SILENT="true", TORCH_CPP_LOG_LEVEL="ERROR",
-    )  # fmt: skip
-    log = (directory / f"rank-{rank}.log").open("a")
-    for stream in (1, 2):
-        os.dup2(log.fileno(), stream)
-    world_here = World.from_environment()
-    try:
-        if rank:
-            run.go_on(directory, world_here, Console(quiet=True), overrides)
-        else:
-            with locked(directory):
-                run.go_on(directory, world_here, Console(file=log), overrides)
-    except InterruptedRunError:
-        sys.exit(RESUMABLE)
-
-
 class Aim(NamedTuple):
     """At the next such moment, so many seconds after the start or later, send the signal to these ranks."""
 
@@ -295,15 +247,6 @@ def _is_now(aim: Aim, directory: Path) -> bool:
         place = read_place(directory / "pulses" / "rank-0")
         return place is not None and place.phase == VALIDATION
     return True
-
-
-def _copy(frozen: Path, to: Path) -> Path:
-    shutil.rmtree(to, ignore_errors=True)
-    to.mkdir(parents=True)
-    for name in (CONFIG, RECORD):
-        shutil.copyfile(frozen / name, to / name)
-    (to / LOCK).unlink(missing_ok=True)
-    return to
 
 
 def _final(directory: Path) -> dict[str, Any]:

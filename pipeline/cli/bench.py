@@ -40,6 +40,16 @@ def add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     p.add_argument("--repeats", type=repeats, default=5, metavar="N", help="starts each (default: 5)")
     _add_loading(p)
 
+    p = add_verb(verbs, "step", step, "what checkpoints, agreement, tracking and determinism add to a step",
+                 "pipeline bench step runs/first --processes 1 2")  # fmt: skip
+    p.add_argument("run", help="a run's directory, of which config.yaml is taken")
+    p.add_argument("--only", type=lambda names: names.split(","), default=[], metavar="NAME,NAME",
+                   help="these features alone: checkpoints, agreement, tracking, deterministic")  # fmt: skip
+    p.add_argument("--processes", type=count, nargs="+", default=[1, 2], metavar="N", help="default: 1 2")
+    p.add_argument("--steps", type=count, default=20, metavar="N", help="a block (default: 20)")
+    p.add_argument("--pairs", type=repeats, default=20, metavar="N", help="of blocks with and without (default: 20)")
+    p.add_argument("--work", metavar="DIR", help="where the copies run (default: step-RUN beside it)")
+
     p = add_verb(verbs, "chaos", chaos, "kill copies of a run at random moments and compare them with one left alone",
                  "pipeline bench chaos runs/small --kills 20 --processes 1 2 --variant norm.group_size=1")  # fmt: skip
     p.add_argument("run", help="a run's directory, of which config.yaml is taken; a short run serves best")
@@ -118,14 +128,30 @@ def start(options: argparse.Namespace) -> int:
     return DONE
 
 
+def step(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from pipeline.benchmarks import step as table
+    from pipeline.config import ConfigError
+
+    unknown = [name for name in options.only if name not in table.FEATURES]
+    if unknown:
+        raise ConfigError(f"--only {unknown[0]} is no feature; choose from {', '.join(table.FEATURES)}")
+    frozen = _frozen(options.run)
+    work = Path(options.work or frozen.parent / f"step-{frozen.name}")
+    with Progress("measuring", "features") as progress:
+        found = table.costs(
+            frozen, work, features=options.only or table.FEATURES, worlds=options.processes, steps=options.steps,
+            pairs=options.pairs, progress=progress,
+        )  # fmt: skip
+    Console(width=None if sys.stdout.isatty() else 140).print(table.report(found))
+    return DONE
+
+
 def chaos(options: argparse.Namespace) -> int:
     from pipeline.benchmarks import chaos as harness
-    from pipeline.config import ConfigError
-    from pipeline.launch.plan import CONFIG
 
-    frozen = Path(options.run)
-    if not (frozen / CONFIG).is_file():
-        raise ConfigError(f"{frozen} is no run: it holds no {CONFIG}; give a directory like runs/NAME")
+    frozen = _frozen(options.run)
     work = Path(options.work or frozen.parent / f"chaos-{frozen.name}")
     with Progress("killing", "kills") as progress:
         report = harness.chaos(
@@ -142,6 +168,16 @@ def chaos(options: argparse.Namespace) -> int:
     verdict = f"{len(report.differences)} differences, see {work}" if report.differences else "the same, bit for bit"
     print(f"{harness.summary(report)}: {verdict}")
     return FAILED if report.differences else DONE
+
+
+def _frozen(run: str) -> Path:
+    """The directory of a run. Raises ConfigError."""
+    from pipeline.config import ConfigError
+    from pipeline.launch.plan import CONFIG
+
+    if not (Path(run) / CONFIG).is_file():
+        raise ConfigError(f"{run} is no run: it holds no {CONFIG}; give a directory like runs/NAME")
+    return Path(run)
 
 
 def _add_loading(parser: argparse.ArgumentParser) -> None:
