@@ -23,9 +23,9 @@ FLOORS = {
 
 # library -> where it may be imported; a room ends with a slash
 WALLS = {
-    "lightning": ("run", "data/datamodule", "training/classifier", "training/checkpoint", "training/checkpoint_io",
+    "lightning": ("run/", "data/datamodule", "training/classifier", "training/checkpoint", "training/checkpoint_io",
                   "launch/environment",
-                  "callbacks/"),
+                  "callbacks/", "benchmarks/"),
     "wandb": ("callbacks/wandb_reporter", "callbacks/segments", "doctor"),
     "webdataset": ("data/", "benchmarks/"),  # as a peer
     "obstore": ("data/remote",),
@@ -33,7 +33,7 @@ WALLS = {
     "hydra": ("config",),
     "omegaconf": ("config",),
 }  # fmt: skip
-READERS_OF_CONFIG = ("cli/", "run", "launch/plan", "doctor")
+READERS_OF_CONFIG = ("cli/", "run/", "launch/plan", "doctor")
 APART = {"norm", "models"}  # they import no other room, nor each other
 
 MODULES = sorted(PACKAGE.rglob("*.py"))

@@ -17,6 +17,7 @@ from pipeline.callbacks.bad_samples import BadSamples
 from pipeline.callbacks.losses import Losses
 from pipeline.data.shards import DataError
 from pipeline.training.checkpoint import Checkpoints, ends_epoch
+from pipeline.training.checkpoint_io import CheckpointError
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 
@@ -46,6 +47,12 @@ class Preemption(lightning.Callback):
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self._step = trainer.global_step
         self.agreement.begin(self.timeout)
+        steps = self.agreement.gather(self._step)
+        if len(set(steps)) > 1:
+            raise CheckpointError(
+                f"ranks go on from different checkpoints, of steps {sorted(set(steps))}: run.dir must be one directory "
+                "that all nodes see"
+            )
         for number in SIGNALS:  # in place of Lightning's own, which save and communicate inside the handler
             signal.signal(number, self._note)
         # Lightning also broadcasts a flag before every batch and waits for it; the agreement takes its place.

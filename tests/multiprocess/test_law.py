@@ -21,6 +21,7 @@ from pipeline.cli.settling import settled
 from pipeline.config import Config, compose_config
 from pipeline.launch.plan import open_run
 from pipeline.norm import revert
+from pipeline.run.assembly import assemble, build_trainer
 from pipeline.world import World
 from tests.multiprocess.ranks import run_ranks
 
@@ -58,7 +59,7 @@ def losses(shards: Path, directory: Path, world: int, *overrides: str) -> torch.
 def plain_losses(config: Config, pieces: int) -> torch.Tensor:
     """The same run as a loop in plain torch: nn.BatchNorm2d, one process, gradients added up over `pieces`."""
     config = settled(config)
-    assembly = run.assemble(config, World())
+    assembly = assemble(config, World())
     loader, classifier = assembly.data.train_loader, assembly.classifier.double()
     revert(classifier.model)
     assert not pieces > 1 or any(isinstance(m, nn.BatchNorm2d) for m in classifier.modules())
@@ -152,9 +153,9 @@ class Gradients(lightning.Callback):
 
 
 def one_step(rank: int, world: int, config: Config):
-    assembly = run.assemble(config, World.from_environment())
+    assembly = assemble(config, World.from_environment())
     gradients = Gradients()
-    trainer = run.build_trainer(assembly, [gradients])
+    trainer = build_trainer(assembly, [gradients])
     trainer.fit(assembly.classifier, train_dataloaders=assembly.data.train_dataloader())
     return assembly.classifier.taken_training_scores().loss, gradients.values if rank == 0 else None
 

@@ -13,9 +13,10 @@ from pipeline.callbacks import agreement
 from pipeline.callbacks.journal import read_journal
 from pipeline.callbacks.preemption import InterruptedRunError, Preemption
 from pipeline.cli.settling import settled
-from pipeline.config import Config, compose_config
+from pipeline.config import Config, completed, compose_config
 from pipeline.launch.plan import open_run, read_record
 from pipeline.training.checkpoint import checkpoints
+from pipeline.training.checkpoint_io import CheckpointError
 from pipeline.world import World
 from tests.multiprocess.ranks import run_ranks
 
@@ -131,6 +132,24 @@ def test_two_then_three_ranks_then_one_go_on_at_the_next_sample(shards, tmp_path
     assert losses == pytest.approx(expected, abs=tolerance)
     worlds = [start["world"] for start in read_record(tmp_path / "broken").starts]
     assert worlds == [2, 3, 1]
+
+
+def refused_rank(rank: int, world: int, settings: Config, elsewhere: Path) -> str:
+    """Train with another run directory than rank 0 has."""
+    if rank:
+        settings = completed(settings, run={"dir": str(elsewhere)})
+    with pytest.raises(CheckpointError) as caught:
+        run.train(settings, World.from_environment(), Console(quiet=True))
+    return str(caught.value)
+
+
+def test_nodes_that_do_not_see_one_directory_are_refused(shards, tmp_path):
+    train_on(shards, tmp_path / "shared", "run", 2, 7)
+    train_on(shards, tmp_path / "own", "run", 2, 3)
+    settings = config(shards, tmp_path / "shared", "run", 2, "trainer.precision=64")
+    said = run_ranks(2, refused_rank, settings, tmp_path / "own")
+    assert said == ["ranks go on from different checkpoints, of steps [4, 8]: run.dir must be one directory that all "
+                    "nodes see"] * 2  # fmt: skip
 
 
 def test_a_run_cut_by_max_steps_goes_on_in_the_middle_of_the_epoch(shards, tmp_path):

@@ -1,0 +1,128 @@
+"""READ THIS FIRST: a run, from its config to its scores. assembly.py builds its parts, watching.py what watches them.
+
+`train` and `evaluate` are what every process of a run executes; the world says which one it is.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from rich.console import Console
+
+from pipeline.callbacks.bad_samples import BadSamples
+from pipeline.callbacks.population import Population
+from pipeline.config import Config, ConfigError, completed, identity, read_config
+from pipeline.data.shards import DataError
+from pipeline.evaluation.metrics import Scores
+from pipeline.launch.plan import note_start
+from pipeline.run.assembly import Assembly, assemble, build_trainer, device_name
+from pipeline.run.failures import explained, interruptible
+from pipeline.run.reports import announce, statistics_used, summarize, table
+from pipeline.run.watching import build_reporters, build_watch
+from pipeline.training.checkpoint import clear, newest, set_aside
+from pipeline.training.checkpoint_io import CheckpointFiles
+from pipeline.training.classifier import Classifier
+from pipeline.world import World
+
+
+def go_on(
+    directory: Path,
+    world: World,
+    console: Console,
+    overrides: Sequence[str] = (),
+    watchers: Sequence[lightning.Callback] = (),
+) -> Scores | None:
+    """Train the run whose frozen config lies in a directory, wherever that was moved. Raises as `train` does."""
+    config = read_config(directory / "config.yaml", overrides)
+    config = completed(config, run={"dir": str(directory.parent), "id": directory.name})
+    return train(config, world, console, watchers)
+
+
+def train(config: Config, world: World, console: Console, watchers: Sequence[lightning.Callback] = ()) -> Scores | None:
+    """Train to the end, from the newest checkpoint if there is one. Raises InterruptedRun-, FailedRun-, DataError.
+
+    watchers: callbacks after the run's own.
+    """
+    run = assemble(config, world)
+    start = _start(run, console)
+    reporters = build_reporters(run, start, console) if world.leads else []
+    watch = build_watch(run, reporters, console)
+    trainer = build_trainer(run, [*watch.callbacks, *watchers])
+    try:
+        with interruptible(), explained(run, watch.watchdog):
+            trainer.fit(run.classifier, datamodule=run.data, ckpt_path=start, weights_only=True)
+            if watch.tracking.validated_step != trainer.global_step:
+                trainer.validate(run.classifier, datamodule=run.data, verbose=False)
+                run.checkpoints.keep_best(trainer, run.classifier.scores)
+            run.checkpoints.finish()
+    except MisconfigurationException as error:
+        raise ConfigError(f"{start}: {str(error).splitlines()[0]}") from None
+    finally:
+        for reporter in reporters:
+            reporter.close()
+    if world.leads:
+        summarize(run, trainer.global_step, console)
+    return run.classifier.scores
+
+
+def _start(run: Assembly, console: Console) -> Path | None:
+    """The checkpoint to go on from. The leading rank says where this start begins, and notes on what in run.json."""
+    say = run.checkpoints.say = partial(console.print, highlight=False, soft_wrap=True)
+    directory = run.checkpoints.directory
+    start, faults = newest(directory, identity(run.config))
+    if run.world.leads:
+        clear(directory)
+        for path, fault in faults.items():
+            say(f"WARNING: {path} is passed over, and now called {set_aside(path).name}: {fault}")
+        announce(run, start, console)
+        for change in note_start(run.config.directory, torch=torch.__version__, device=device_name(run.config)):
+            say(f"WARNING: {change}: samples and their order stay, the bits may not")
+    return start
+
+
+def evaluate(config: Config, world: World, console: Console, *, checkpoint: Path) -> Scores:
+    """Scores of a checkpoint on the validation images, each counted once, with population statistics."""
+    run = assemble(config, world)
+    state = load_weights(run.classifier, checkpoint)
+    population = Population(run.data.train_loader, config.norm.precise_images)
+    bad_samples = BadSamples(
+        config.directory / "bad-samples", run.data, budget=config.data.bad_samples, rank=world.rank, console=console
+    )
+    trainer = build_trainer(run, [population, bad_samples])
+    with interruptible():
+        trainer.validate(run.classifier, datamodule=run.data, verbose=False)
+    scores = run.classifier.scores
+    assert scores is not None
+    if world.leads:
+        result = {"checkpoint": checkpoint.name, "step": state["global_step"], **asdict(scores)}
+        (config.directory / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
+        console.print(table(f"evaluation of {config.run.id}", {
+            "checkpoint": f"{checkpoint.name} (step {state['global_step']})",
+            "images": f"{scores.images:,}", "top-1": f"{scores.top1:.2%}", "top-5": f"{scores.top5:.2%}",
+            "loss": f"{scores.loss:.4f}", "statistics": statistics_used(config),
+        }))  # fmt: skip
+    return scores
+
+
+def load_weights(classifier: Classifier, checkpoint: Path) -> dict[str, Any]:
+    """Load a checkpoint's weights; returns all of it. Raises DataError or, if it does not fit, ConfigError."""
+    try:
+        state: dict[str, Any] = CheckpointFiles().load_checkpoint(checkpoint)
+        weights = state["state_dict"]
+    except Exception:  # torch and its unpickler have many ways to say so
+        raise DataError(f"{checkpoint} is no whole checkpoint of a run; give another with --checkpoint") from None
+    try:
+        classifier.load_state_dict(weights)
+    except RuntimeError:
+        raise ConfigError(
+            f"{checkpoint} does not fit the model of this config; leave model.* as the run has it"
+        ) from None
+    return state

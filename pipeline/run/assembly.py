@@ -1,0 +1,224 @@
+"""Data, model, norm, optimizer and Trainer of a run, built from its config."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
+
+from pipeline import models
+from pipeline.callbacks.throughput import Throughput
+from pipeline.config import Config, ConfigError, identity
+from pipeline.data.augment import Augmentation, CentreCrop, Preparation
+from pipeline.data.batch import micro_batches
+from pipeline.data.datamodule import ImageData
+from pipeline.data.dataset import Location, open_dataset
+from pipeline.data.decode import DECODER, REGIONS
+from pipeline.data.loader import Batching
+from pipeline.data.shards import DataError
+from pipeline.launch.environment import LaunchedEnvironment
+from pipeline.models.registry import MODELS
+from pipeline.norm import SyncBatchNorm, convert
+from pipeline.training.checkpoint import Checkpoints
+from pipeline.training.checkpoint_io import CheckpointFiles
+from pipeline.training.classifier import Classifier
+from pipeline.training.loss import Loss
+from pipeline.training.schedule import Schedule
+from pipeline.world import World
+
+_NEVER = 2**31
+PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed", "64": "64-true"}
+
+
+@dataclass(frozen=True, slots=True)
+class Assembly:
+    """Everything a process trains or evaluates with."""
+
+    config: Config
+    world: World
+    data: ImageData
+    classifier: Classifier
+    throughput: Throughput
+    checkpoints: Checkpoints
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        limits = [self.config.trainer.max_steps, self.config.trainer.max_epochs * self.data.train_loader.steps]
+        return min(limit for limit in limits if limit >= 0)
+
+
+def assemble(config: Config, world: World) -> Assembly:
+    """Build a run's parts for one process. The initial weights depend on the seed alone."""
+    torch.set_num_threads(config.trainer.threads or 1)
+    lightning.seed_everything(config.seed, verbose=False)
+    data = build_data(config, world)
+    classifier = Classifier(
+        build_model(config),
+        prepare=Preparation(config.data.mean, config.data.std),
+        loss=Loss(config.loss.label_smoothing, config.loss.auxiliary_weight),
+        schedule=build_schedule(config, images=len(data.train_loader.images.split)),
+        momentum=config.optimizer.momentum,
+        weight_decay=config.optimizer.weight_decay,
+        world=world.size,
+        pieces=data.batching.pieces,
+    )
+    checkpoints = Checkpoints(
+        config.directory / "checkpoints",
+        CheckpointFiles(identity(config)),
+        every_steps=config.trainer.checkpoint_every_steps,
+        every_minutes=config.trainer.checkpoint_every_minutes,
+        keep=config.trainer.keep_checkpoints,
+    )
+    if config.trainer.precision == "64":
+        classifier.double()  # before a checkpoint is loaded: Lightning would copy its float64 into float32 first
+    return Assembly(config, world, data, classifier, Throughput(config.data.global_batch_size), checkpoints)
+
+
+def build_data(config: Config, world: World) -> ImageData:
+    dataset = open_dataset(Location(*config.data.location), workers=config.trainer.threads or 1, say=lambda text: None)
+    if config.data.digest not in ("", dataset.manifest.digest):
+        raise DataError(
+            f"data.root = {config.data.root} holds another data set here than where the run was started; copy that one"
+        )
+    decoder = config.data.decoder
+    if decoder == REGIONS != DECODER:
+        raise ConfigError(
+            "data.decoder = regions, which is not installed here (python: pipeline.data.jpeg_region): install gcc, "
+            "python3-dev and libjpeg62-turbo-dev and then pipeline again, or start a new run with data.decoder=whole"
+        )
+    return ImageData(
+        dataset,
+        num_classes=config.data.num_classes,
+        augment=Augmentation(
+            config.data.image_size, config.augment.area_min, config.augment.flip, config.augment.photometric, decoder
+        ),
+        crop=CentreCrop(config.data.image_size, config.data.evaluation_crop, decoder),
+        batching=Batching(
+            global_batch_size=config.data.global_batch_size,
+            micro_batch_size=config.data.micro_batch_size,
+            world=world.size,
+            rank=world.rank,
+            seed=config.seed,
+            window=config.data.window,
+            workers=worker_count(config),
+        ),
+    )
+
+
+def build_model(config: Config) -> torch.nn.Module:
+    """The network with its norms: ours are handed a factory, torchvision's are converted."""
+    model, norm = config.model, config.norm
+    options: dict[str, Any] = {} if model.dropout is None else {"dropout": model.dropout}
+    if model.name in MODELS:
+        factory = partial(SyncBatchNorm, group_size=norm.group_size, momentum=norm.momentum, eps=norm.eps)
+        return models.build(
+            model.name, num_classes=config.data.num_classes, norm=factory, width=model.width, stem=model.stem,
+            activation=model.activation, response_norm=model.response_norm, auxiliary_head=model.auxiliary_head,
+            literal_fig5=model.literal_fig5, initial_gain=model.initial_gain, **options,
+        )  # fmt: skip
+    try:
+        network = models.build(model.name, num_classes=config.data.num_classes, **options)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    return convert(network, group_size=norm.group_size)
+
+
+def build_schedule(config: Config, *, images: int) -> Schedule:
+    return Schedule(
+        rate=config.optimizer.rate,
+        rate_batch_size=config.optimizer.rate_batch_size,
+        global_batch_size=config.data.global_batch_size,
+        images=images,
+        decay_factor=config.schedule.decay_factor,
+        decay_epochs=config.schedule.decay_epochs,
+        warmup_epochs=config.schedule.warmup_epochs,
+    )
+
+
+def build_trainer(assembly: Assembly, callbacks: list[lightning.Callback]) -> lightning.Trainer:
+    config, world = assembly.config, assembly.world
+    if config.trainer.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    # Advice about a worker count, a missing logger or a loader that Lightning cannot inspect does not apply to ours.
+    warnings.filterwarnings("ignore", module="lightning")
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    trainer = config.trainer
+    return lightning.Trainer(
+        accelerator=accelerator_of(config),
+        # The strategy names the devices; Lightning would look for one of its own for each rank that shares one.
+        devices=1 if accelerator_of(config) == "cuda" else world.local_size,
+        num_nodes=config.cluster.nodes,
+        strategy=build_strategy(config, world, assembly.checkpoints.files),
+        plugins=[LaunchedEnvironment(world)] if world.size == 1 else None,  # else Lightning looks for Slurm by itself
+        precision=PRECISIONS[trainer.precision],  # type: ignore[arg-type]
+        max_epochs=trainer.max_epochs,
+        max_steps=trainer.max_steps,
+        accumulate_grad_batches=assembly.data.batching.pieces,
+        check_val_every_n_epoch=trainer.validate_every_epochs or _NEVER,
+        deterministic=trainer.deterministic,
+        callbacks=callbacks,
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+        inference_mode=False,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+
+
+def build_strategy(config: Config, world: World, files: CheckpointFiles) -> Strategy:
+    cuda = accelerator_of(config) == "cuda"
+    device = torch.device("cuda", world.local_rank % torch.cuda.device_count()) if cuda else torch.device("cpu")
+    if world.size == 1:
+        return SingleDeviceStrategy(device, checkpoint_io=files)
+    one_device_each = cuda and world.local_size <= torch.cuda.device_count()
+    return DDPStrategy(
+        parallel_devices=[torch.device("cuda", i % torch.cuda.device_count()) if cuda else torch.device("cpu")
+                          for i in range(world.local_size)],
+        cluster_environment=LaunchedEnvironment(world),
+        checkpoint_io=files,
+        process_group_backend="nccl" if one_device_each else "gloo",  # NCCL refuses two ranks on one device
+        timeout=timedelta(minutes=config.cluster.timeout_minutes),
+        broadcast_buffers=False,  # batch statistics never travel: each rank computes them, groups have their own
+        gradient_as_bucket_view=True,
+        # DDP sums its first step in one bucket and lays the buckets out anew for the second, so that the first step
+        # after a resume would add up in another order than the same step of an uninterrupted run: other bits from
+        # three ranks on (tests/multiprocess/test_resume.py). Looking for unused parameters keeps the first layout.
+        find_unused_parameters=config.trainer.deterministic,
+    )  # fmt: skip
+
+
+def micro_batch_images(config: Config, world: int) -> int:
+    """Images, over all ranks, whose statistics are taken together."""
+    pieces = micro_batches(config.data.global_batch_size, world, config.data.micro_batch_size)
+    return -(-config.data.global_batch_size // pieces)
+
+
+def worker_count(config: Config) -> int:
+    if config.cluster.workers >= 0:
+        return config.cluster.workers
+    # On CPU the training takes every core. With a GPU a core is left to the process that feeds it.
+    return max(1, (os.cpu_count() or 1) // config.cluster.devices - 1) if accelerator_of(config) == "cuda" else 0
+
+
+def device_name(config: Config) -> str:
+    return torch.cuda.get_device_name() if accelerator_of(config) == "cuda" else "cpu"
+
+
+def accelerator_of(config: Config) -> str:
+    if config.cluster.accelerator == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if config.cluster.accelerator == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("cluster.accelerator = 'cuda', but torch finds no CUDA device; use auto or cpu")
+    return config.cluster.accelerator

@@ -1,0 +1,83 @@
+"""What ends a run before its time, as the one line that it is."""
+
+from __future__ import annotations
+
+import errno
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from pipeline.callbacks.preemption import InterruptedRunError
+from pipeline.callbacks.watchdog import Watchdog, connection_broke, note_traceback
+from pipeline.config import Config
+from pipeline.launch.failure import FailedRunError
+from pipeline.run.assembly import Assembly, micro_batch_images, worker_count
+from pipeline.training.checkpoint import checkpoints
+from pipeline.training.shortage import Appetite, shortage
+from pipeline.world import World
+
+_UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EPERM, errno.EACCES, errno.ESTALE, errno.EIO, errno.EFBIG)
+
+
+@contextmanager
+def explained(run: Assembly, watchdog: Watchdog) -> Iterator[None]:
+    """Watch what runs inside, and say of its failures what they are. Raises FailedRunError for those it knows."""
+    config, logs = run.config, run.config.directory / "logs"
+    failed = False  # of itself, so that the others may not know
+    try:
+        yield
+    except Exception as error:
+        failed = True
+        if type(error).__module__.startswith("pipeline"):  # it says itself what it is
+            failed = not isinstance(error, InterruptedRunError | FailedRunError)
+            raise
+        who = f"rank {run.world.rank} of {run.world.size} on {socket.gethostname()}"
+        unwritable = _unwritable(error, config.directory)
+        if unwritable:
+            raise FailedRunError(f"{who}: {unwritable}") from None
+        said = shortage(error, _appetite(config, run.world))
+        if not said and not connection_broke(error):
+            raise
+        log = note_traceback(logs, run.world.rank, error)
+        if said:
+            raise FailedRunError(f"{who}: {said} (all of it in {log})") from None
+        failed = False
+        raise watchdog.lost(error) from None
+    finally:
+        watchdog.stop(failed=failed)
+
+
+def _unwritable(error: Exception, directory: Path) -> str:
+    """What to say of a file of the run that cannot be written, or ""."""
+    if not isinstance(error, OSError) or error.errno not in _UNWRITABLE:
+        return ""
+    saved = checkpoints(directory / "checkpoints")
+    last = f"{saved[-1].name} is the newest checkpoint" if saved else "there is no checkpoint yet"
+    return (
+        f"{error.filename or f'a file in {directory}'} cannot be written ({error.strerror}); {last}; make room, or the "
+        f"directory writable, and go on with: pipeline train {directory}/config.yaml"
+    )
+
+
+def _appetite(config: Config, world: World) -> Appetite:
+    return Appetite(
+        images=-(-micro_batch_images(config, world.size) // world.size),
+        image_size=config.data.image_size,
+        width=config.model.width,
+        precision=config.trainer.precision,
+        workers=worker_count(config),
+    )
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Take what Lightning makes of a signal outside the training loop, as the interruption that it is."""
+    try:
+        yield
+    except SystemExit as ending:
+        if isinstance(ending, SIGTERMException) or isinstance(ending.__context__, KeyboardInterrupt):
+            raise InterruptedRunError("interrupted") from None
+        raise
