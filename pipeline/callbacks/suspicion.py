@@ -87,6 +87,7 @@ def in_collective(stack: Iterable[tuple[str, str]], phase: str) -> bool:
     frames = list(stack)
     if any("/torch/distributed/" in file for file, _ in frames):
         return True
-    if any(file.endswith("callbacks/agreement.py") and function == "_arrived" for file, function in frames):
+    waits = ("callbacks/agreement.py", "norm/collectives.py")
+    if any(file.endswith(waits) and function == "_arrived" for file, function in frames):
         return True
     return phase == "gradients" and bool(frames) and frames[-1][1] == "_engine_run_backward"

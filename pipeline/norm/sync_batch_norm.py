@@ -3,11 +3,12 @@
 Forward, over the m values of a channel in the whole group:  y = gamma (x - mu) / sqrt(s2 + eps) + beta.
 Backward:  dx = gamma / sqrt(s2 + eps) (dy - mean(dy) - xhat mean(dy xhat)), both means over the group;
 dgamma and dbeta stay local, since DDP averages them with all other gradients (Ioffe & Szegedy 2015).
-One exchange a layer and direction, in float64; no value is read on the host.   Legend: N images, C channels.
+One exchange a level of layers and direction, in float64; no value is read on the host.   Legend: N images, C channels.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -68,27 +69,41 @@ class SyncBatchNorm(nn.Module):
             self.num_batches_tracked.zero_()
 
     def forward(self, x: Tensor) -> Tensor:
+        if self._is_on_batch:
+            return SyncBatchNorm.forward_level([self], [x])[0]
+        self._check(x)
+        y = nn.functional.batch_norm(
+            x, self.running_mean, self.running_var, self.weight, self.bias, training=False, eps=self.eps
+        )
+        return torch.relu(y) if self.activation == "relu" else y
+
+    @staticmethod
+    def forward_level(layers: Sequence[SyncBatchNorm], xs: Sequence[Tensor]) -> list[Tensor]:
+        """layers[i](xs[i]) of layers that do not depend on one another, with one exchange for all of them.
+
+        Layers of other groups, or in another mode, than the first one are called one by one.
+        """
+        first = layers[0]
+        together = all(layer._is_on_batch and layer.group_size == first.group_size
+                       and layer.training == first.training for layer in layers)  # fmt: skip
+        if not together:
+            return [layer(x) for layer, x in zip(layers, xs, strict=True)]
+        for layer, x in zip(layers, xs, strict=True):
+            layer._check(x)
+        ys = _normalized(layers, xs)
+        return [torch.relu(y) if layer.activation == "relu" else y for layer, y in zip(layers, ys, strict=True)]
+
+    @property
+    def _is_on_batch(self) -> bool:
+        """Whether it normalizes with the batch's statistics."""
+        return self.training or self.running_mean is None
+
+    def _check(self, x: Tensor) -> None:
         if x.dim() < 2 or x.shape[1] != self.num_features:
             raise ValueError(
                 f"input of shape {tuple(x.shape)} does not fit num_features = {self.num_features}; "
                 f"it must be (N, {self.num_features}, *)"
             )
-        if self.training or self.running_mean is None:
-            y = self._normalize_batch(x)
-        else:
-            y = nn.functional.batch_norm(
-                x, self.running_mean, self.running_var, self.weight, self.bias, training=False, eps=self.eps
-            )
-        return torch.relu(y) if self.activation == "relu" else y
-
-    def _normalize_batch(self, x: Tensor) -> Tensor:
-        group = statistics_group(self.group_size if self.training else 1)
-        with torch.no_grad():
-            moments = group.merged(batch_moments(x))
-            if self.training:
-                self._track(moments)
-        y: Tensor = _Normalize.apply(x, self.weight, self.bias, moments, self.eps, group)
-        return y
 
     def _track(self, moments: Moments) -> None:
         """Running statistics: the variance with n - 1 over the whole group, as nn.BatchNorm2d keeps it."""
@@ -113,55 +128,95 @@ class SyncBatchNorm(nn.Module):
 SyncBatchNorm2d = SyncBatchNorm
 
 
+def _normalized(layers: Sequence[SyncBatchNorm], xs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Each x normalized with its moments over the group, which the layers' running statistics follow."""
+    first = layers[0]
+    group = statistics_group(first.group_size if first.training else 1)
+    with torch.no_grad():
+        level = group.merged([batch_moments(x) for x in xs])
+        # Gradient checkpointing runs a forward pass again inside the backward: the same batch, not another one.
+        if first.training and torch._C._current_graph_task_id() == -1:
+            for layer, moments in zip(layers, level, strict=True):
+                layer._track(moments)
+    tensors = [tensor for layer, x in zip(layers, xs, strict=True) for tensor in (x, layer.weight, layer.bias)]
+    ys: tuple[Tensor, ...] = _Normalize.apply(level, [layer.eps for layer in layers], group, *tensors)
+    return ys
+
+
 class _Normalize(torch.autograd.Function):
-    """Normalization with given moments of the group, differentiated through those moments."""
+    """Normalization of a level with given moments of the group, differentiated through those moments.
+
+    Its tensors are x, weight and bias of each layer in turn.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        weight_C: Tensor | None,
-        bias_C: Tensor | None,
-        moments: Moments,
-        eps: float,
-        group: StatisticsGroup,
-    ) -> Tensor:
-        arithmetic = torch.float64 if x.dtype == torch.float64 else torch.float32
-        view = [1, -1] + [1] * (x.dim() - 2)
-        mean_C = moments.mean_C.to(arithmetic)
-        invstd_C = (moments.variance_C() + eps).rsqrt()
-        scale_C = (invstd_C if weight_C is None else invstd_C * weight_C).to(arithmetic)
-        y = (x - mean_C.view(view)).mul_(scale_C.view(view))
-        if bias_C is not None:
-            y.add_(bias_C.view(view))
-        ctx.save_for_backward(x, weight_C, mean_C, invstd_C, moments.count)
+        ctx: Any, level: list[Moments], epsilons: list[float], group: StatisticsGroup, *tensors: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        ys, saved = [], []
+        for moments, eps, x, weight_C, bias_C in zip(
+            level, epsilons, tensors[::3], tensors[1::3], tensors[2::3], strict=True
+        ):
+            assert x is not None
+            arithmetic = torch.float64 if x.dtype == torch.float64 else torch.float32
+            view = [1, -1] + [1] * (x.dim() - 2)
+            mean_C = moments.mean_C.to(arithmetic)
+            invstd_C = (moments.variance_C() + eps).rsqrt()
+            scale_C = (invstd_C if weight_C is None else invstd_C * weight_C).to(arithmetic)
+            y = (x - mean_C.view(view)).mul_(scale_C.view(view))
+            if bias_C is not None:
+                y.add_(bias_C.view(view))
+            ys.append(y.to(x.dtype))
+            saved += [x, weight_C, mean_C, invstd_C, moments.count]
+        ctx.save_for_backward(*saved)
         ctx.group = group
-        return y.to(x.dtype)
+        return tuple(ys)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight_C, mean_C, invstd_C, count = ctx.saved_tensors
-        arithmetic, view = mean_C.dtype, [1, -1] + [1] * (x.dim() - 2)
-        reduced = [d for d in range(x.dim()) if d != 1]
-        dy_wide = dy.to(arithmetic)
-        deviation = x - mean_C.view(view)
-        sum_dy_C = dy_wide.sum(reduced).double()
-        sum_dy_xhat_C = (dy_wide * deviation).sum(reduced).double() * invstd_C
+    def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        parts = [_Part(dy, *saved[5 * i : 5 * i + 5]) for i, dy in enumerate(dys)]
         # Every rank takes part in the exchange even if its own dx is not asked for: another rank's may be.
-        total_2C = ctx.group.summed(torch.cat([sum_dy_C, sum_dy_xhat_C]))
-        mean_dy_C, mean_dy_xhat_C = (total_2C / count.clamp(min=1)).chunk(2)
-        dx = None
-        if ctx.needs_input_grad[0]:
-            scale_C = invstd_C if weight_C is None else invstd_C * weight_C
-            # dx = scale dy - (scale mean(dy xhat) invstd) deviation - scale mean(dy)
-            dx = deviation.mul_((-scale_C * mean_dy_xhat_C * invstd_C).to(arithmetic).view(view))
-            dx.add_((-scale_C * mean_dy_C).to(arithmetic).view(view))
-            dx.addcmul_(dy_wide, scale_C.to(arithmetic).view(view))
-            dx = dx.to(x.dtype)
-        dweight = sum_dy_xhat_C.to(weight_C.dtype) if weight_C is not None and ctx.needs_input_grad[1] else None
-        dbias = sum_dy_C.to(weight_C.dtype) if weight_C is not None and ctx.needs_input_grad[2] else None
-        return dx, dweight, dbias, None, None, None
+        total = ctx.group.begin_sum(torch.cat([part.sums_2C for part in parts]))()
+        totals = torch.split(total, [part.sums_2C.numel() for part in parts])
+        gradients: list[Tensor | None] = []
+        for part, total_2C, (x, weight, bias) in zip(parts, totals, _by_three(ctx.needs_input_grad[3:]), strict=True):
+            sum_dy_C, sum_dy_xhat_C = part.sums_2C.chunk(2)
+            dtype = part.x.dtype if part.weight_C is None else part.weight_C.dtype
+            gradients += [
+                part.dx(total_2C) if x else None,
+                sum_dy_xhat_C.to(dtype) if weight else None,
+                sum_dy_C.to(dtype) if bias else None,
+            ]
+        return None, None, None, *gradients
+
+
+class _Part:
+    """One layer's share of a level's backward: its sums over this rank, and dx when those over the group are known."""
+
+    def __init__(self, dy: Tensor, x: Tensor, weight_C: Tensor | None, mean_C: Tensor, invstd_C: Tensor, count: Tensor):
+        self.x, self.weight_C, self.invstd_C, self.count = x, weight_C, invstd_C, count
+        self.arithmetic, self.view = mean_C.dtype, [1, -1] + [1] * (x.dim() - 2)
+        reduced = [d for d in range(x.dim()) if d != 1]
+        self.dy = dy.to(self.arithmetic)
+        self.deviation = x - mean_C.view(self.view)
+        sum_dy_C = self.dy.sum(reduced).double()
+        sum_dy_xhat_C = (self.dy * self.deviation).sum(reduced).double() * invstd_C
+        self.sums_2C = torch.cat([sum_dy_C, sum_dy_xhat_C])
+
+    def dx(self, total_2C: Tensor) -> Tensor:
+        """Dx = scale dy - (scale mean(dy xhat) invstd) deviation - scale mean(dy); to be asked for once."""
+        mean_dy_C, mean_dy_xhat_C = (total_2C / self.count.clamp(min=1)).chunk(2)
+        scale_C = self.invstd_C if self.weight_C is None else self.invstd_C * self.weight_C
+        dx = self.deviation.mul_((-scale_C * mean_dy_xhat_C * self.invstd_C).to(self.arithmetic).view(self.view))
+        dx.add_((-scale_C * mean_dy_C).to(self.arithmetic).view(self.view))
+        dx.addcmul_(self.dy, scale_C.to(self.arithmetic).view(self.view))
+        return dx.to(self.x.dtype)
+
+
+def _by_three(flags: Sequence[bool]) -> Iterator[tuple[bool, bool, bool]]:
+    return zip(flags[::3], flags[1::3], flags[2::3], strict=True)
 
 
 def convert(module: nn.Module, *, group_size: GroupSize = 0) -> nn.Module:

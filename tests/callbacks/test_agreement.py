@@ -82,6 +82,8 @@ def counted(rank: int, world: int, settings: Config) -> dict[str, int]:
     """Collectives of ten steps in the middle of an epoch, by the function that was called."""
     calls: Counter[str] = Counter()
     names = (
+        "isend",
+        "irecv",
         "all_reduce",
         "broadcast",
         "all_gather",
@@ -113,9 +115,10 @@ def counted(rank: int, world: int, settings: Config) -> dict[str, int]:
 @pytest.mark.timeout(120)
 def test_a_step_of_the_whole_trainer_has_the_exchanges_of_its_statistics_and_no_other(shards: Path, tmp_path: Path):
     """What DDP sums in C++ is not seen here; Lightning's broadcast of a flag before every batch would be."""
-    settings = config(shards, tmp_path, "counted", 2, "model.name=inception", "data.global_batch_size=8",
-                      "trainer.max_epochs=1", "tracking.every_steps=1000", "norm.precise_images=0",
-                      "trainer.checkpoint_every_steps=0")  # fmt: skip
-    for calls in run_ranks(2, counted, settings):
-        assert calls.pop("all_reduce", 0) <= 10  # of the agreement: at most one a step
-        assert calls == {}
+    for model, exchanges in (("inception", 0), ("bn_inception", 33 + 33)):
+        settings = config(shards, tmp_path, f"counted-{model}", 2, f"model.name={model}", "data.global_batch_size=8",
+                          "trainer.max_epochs=1", "tracking.every_steps=1000", "norm.precise_images=0",
+                          "trainer.checkpoint_every_steps=0")  # fmt: skip
+        for calls in run_ranks(2, counted, settings):
+            assert calls.pop("all_reduce", 0) <= 10  # of the agreement: at most one a step
+            assert calls == ({"isend": 10 * exchanges, "irecv": 10 * exchanges} if exchanges else {})

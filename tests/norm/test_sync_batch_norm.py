@@ -121,7 +121,7 @@ def rank_counting_collectives(rank, world):
     import torch.distributed as dist
 
     calls: list[str] = []
-    for name in ("all_gather_into_tensor", "all_reduce", "all_gather", "broadcast"):
+    for name in ("isend", "all_gather_into_tensor", "all_reduce", "all_gather", "broadcast"):
         original = getattr(dist, name)
         setattr(dist, name, lambda *a, _o=original, _n=name, **k: (calls.append(_n), _o(*a, **k))[1])
     layer = SyncBatchNorm(3)
