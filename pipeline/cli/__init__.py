@@ -34,6 +34,7 @@ def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Options of the command line. Overrides may stand behind an option, too, where argparse stops looking."""
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
+    options.arguments = list(sys.argv[1:] if arguments is None else arguments)  # for a verb that starts itself again
     words: list[str] | None = getattr(options, "words", None)
     if rest and (words is None or any(word.startswith("-") for word in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")

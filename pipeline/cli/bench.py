@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from pipeline.cli.codes import DONE, FAILED
 from pipeline.cli.options import add_verb, count, none_or_more, repeats
@@ -39,6 +40,19 @@ def add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     p.add_argument("--samples", type=none_or_more, nargs="+", default=[0], metavar="N", help="places")
     p.add_argument("--repeats", type=repeats, default=5, metavar="N", help="starts each (default: 5)")
     _add_loading(p)
+
+    p = add_verb(
+        verbs, "norm", norm, "what synchronized statistics cost BN-Inception, ours beside torch's form",
+        "pipeline bench norm --processes 4 --images 4 --size 128\n"
+        "  torchrun --nproc-per-node 4 -m pipeline bench norm    # in a group that is there already",
+    )  # fmt: skip
+    p.add_argument("--processes", type=count, default=2, metavar="N", help="on this machine (default: 2)")
+    p.add_argument("--images", type=count, default=4, metavar="N", help="on a rank (default: 4)")
+    p.add_argument("--size", type=count, default=128, metavar="N", help="pixels a side (default: 128)")
+    p.add_argument("--width", type=float, default=1.0, metavar="F", help="of the network (default: 1)")
+    p.add_argument("--repeats", type=repeats, default=10, metavar="N", help="steps of each form (default: 10)")
+    p.add_argument("--only", type=lambda names: names.split(","), default=[], metavar="NAME,NAME",
+                   help="these forms alone, by the names in the table")  # fmt: skip
 
     p = add_verb(verbs, "step", step, "what checkpoints, agreement, tracking and determinism add to a step",
                  "pipeline bench step runs/first --processes 1 2")  # fmt: skip
@@ -125,6 +139,31 @@ def start(options: argparse.Namespace) -> int:
             progress=progress,
         )
     Console().print(report(found))
+    return DONE
+
+
+def norm(options: argparse.Namespace) -> int:
+    import torch.distributed as dist
+    from rich.console import Console
+
+    from pipeline.benchmarks import norm as table
+    from pipeline.config import ConfigError
+    from pipeline.launch.local import run_processes
+
+    unknown = [name for name in options.only if name not in table.FORMS]
+    if unknown:
+        raise ConfigError(f"--only {unknown[0]} is no form; choose from {', '.join(table.FORMS)}")
+    if not table.join(options.processes):
+        with TemporaryDirectory() as logs:
+            return run_processes(options.arguments, processes=options.processes, threads=1, logs=Path(logs))
+    with Progress("training", "steps", quiet=dist.get_rank() > 0) as progress:
+        forms = table.compare(
+            images=options.images, size=options.size, repeats=options.repeats, width=options.width, only=options.only,
+            progress=progress,
+        )  # fmt: skip
+    if dist.get_rank() == 0:
+        Console(width=None if sys.stdout.isatty() else 140).print(table.report(forms))
+    dist.destroy_process_group()
     return DONE
 
 

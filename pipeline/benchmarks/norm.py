@@ -1,0 +1,269 @@
+"""What synchronized statistics cost BN-Inception, form beside form: exchanges, bytes, time in them, time of the step.
+
+All forms train the same weights on the same images, step after step in turn, over a process group that is
+there already (torchrun, srun, or namespaces on a slow network) or made of processes of this machine.
+torch's own layer refuses the CPU; its form is emulated in plain operations, collective by collective.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rich.table import Table
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from pipeline import models
+from pipeline.norm import SyncBatchNorm, collectives
+
+LOCAL, TORCH, REDUCED, LAYERS, LEVELS = FORMS = ("local", "torch's form", "layer, all-reduce", "layer", "level")
+_CLASSES = 100
+
+
+@dataclass(slots=True)
+class Traffic:
+    """What a rank's statistics did in one step. seconds: that it stood in exchanges, waiting for others included."""
+
+    exchanges: int = 0
+    numbers: int = 0  # that this rank contributed
+    seconds: float = 0.0
+
+
+@dataclass(slots=True)
+class Form:
+    """One way to synchronize, and what its steps were, the first one left out."""
+
+    name: str
+    steps: list[float] = field(default_factory=list)  # seconds
+    traffic: list[Traffic] = field(default_factory=list)
+    loss: float = 0.0  # of the first step
+    gradient: Tensor | None = None  # of the first step, all of it in float64
+
+
+class TorchFormNorm(nn.Module):
+    """nn.SyncBatchNorm's collectives in operations that a CPU has: one all-gather forward, one all-reduce backward."""
+
+    def __init__(self, num_features: int, eps: float = 1e-3):
+        super().__init__()
+        self.eps = eps
+        self.weight, self.bias = nn.Parameter(torch.ones(num_features)), nn.Parameter(torch.zeros(num_features))
+        self.register_buffer("running_mean", torch.zeros(num_features))
+        self.register_buffer("running_var", torch.ones(num_features))
+        self.register_buffer("num_batches_tracked", torch.tensor(0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = _TorchForm.apply(x, self.weight, self.bias, self.eps)
+        return y
+
+
+class _TorchForm(torch.autograd.Function):
+    """torch/nn/modules/_functions.py of 2.13, its five CUDA operations written out."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        count = x.numel() // x.shape[1]
+        variance, mean = torch.var_mean(x, (0, 2, 3), unbiased=False)
+        packet = torch.cat([mean, (variance + eps).rsqrt(), mean.new_full((1,), count)])
+        packets = [torch.empty_like(packet) for _ in range(dist.get_world_size())]
+        with _timed(packet.numel()):
+            dist.all_gather(packets, packet)
+        means, invstds, counts = torch.split(torch.stack(packets), [len(mean), len(mean), 1], 1)
+        total = counts.sum()
+        mean = (means * counts).sum(0) / total
+        variances = invstds.pow(-2) - eps
+        variance = ((variances + (means - mean).square()) * counts).sum(0) / total
+        invstd = (variance + eps).rsqrt()
+        ctx.save_for_backward(x, weight, mean, invstd, total)
+        y: Tensor = (x - mean.view(1, -1, 1, 1)) * (invstd * weight).view(1, -1, 1, 1) + bias.view(1, -1, 1, 1)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mean, invstd, total = ctx.saved_tensors
+        deviation = x - mean.view(1, -1, 1, 1)
+        sum_dy, sum_dy_xmu = dy.sum((0, 2, 3)), (dy * deviation).sum((0, 2, 3))
+        packet = torch.cat([sum_dy, sum_dy_xmu])
+        with _timed(packet.numel()):
+            dist.all_reduce(packet)
+        mean_dy, mean_dy_xmu = (packet / total).chunk(2)
+        slope = (mean_dy_xmu * invstd.square()).view(1, -1, 1, 1)
+        dx = (dy - mean_dy.view(1, -1, 1, 1) - deviation * slope) * (invstd * weight).view(1, -1, 1, 1)
+        return dx, sum_dy_xmu * invstd, sum_dy, None
+
+
+class _OneByOne(SyncBatchNorm):
+    """Ours without levels."""
+
+    forward_level = None  # type: ignore[assignment]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return SyncBatchNorm.forward_level([self], [x])[0]
+
+
+_FACTORIES: dict[str, Callable[[int], nn.Module]] = {
+    LOCAL: partial(SyncBatchNorm, group_size=1),
+    TORCH: TorchFormNorm,
+    REDUCED: _OneByOne,
+    LAYERS: _OneByOne,
+    LEVELS: SyncBatchNorm,
+}
+
+
+def compare(
+    *,
+    images: int,
+    size: int,
+    repeats: int,
+    width: float = 1.0,
+    only: Sequence[str] = (),
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Form]:
+    """Train `repeats` steps of each form after a first one, on `images` of `size` pixels a rank. A collective."""
+    torch.manual_seed(0)
+    networks = {name: models.build("bn_inception", num_classes=_CLASSES, norm=_FACTORIES[name], width=width)
+                for name in only or FORMS}  # fmt: skip
+    weights = next(iter(networks.values())).state_dict()
+    for network in networks.values():
+        network.load_state_dict(weights)
+    trained = {name: _distributed(network) for name, network in networks.items()}
+    generator = torch.Generator().manual_seed(1 + dist.get_rank())
+    x_NCHW = torch.randn(images, 3, size, size, generator=generator)
+    label_N = torch.randint(_CLASSES, (images,), generator=generator)
+    forms = [Form(name) for name in networks]
+    for repeat in range(repeats + 1):
+        for form in forms:
+            _step(form, trained[form.name], x_NCHW, label_N, first=repeat == 0)
+            progress(repeat * len(forms) + forms.index(form) + 1, (repeats + 1) * len(forms))
+    return forms
+
+
+def report(forms: Sequence[Form]) -> Table:
+    """Medians and quartiles over steps of this rank; the ratio is of torch's form."""
+    title = f"BN-Inception, {dist.get_world_size()} ranks, n = {len(forms[0].steps)}; median (quartiles) of rank 0"
+    table = Table("form", "exchanges", "KB sent", "ms in statistics", "of torch's", "ms a step", "of torch's",
+                  "largest difference of a gradient", title=title, title_justify="left")  # fmt: skip
+    torch_form = next((form for form in forms if form.name == TORCH), None)
+    for form in forms:
+        traffic = form.traffic[-1]
+        waits = [each.seconds for each in form.traffic]
+        row = [form.name, str(traffic.exchanges), f"{traffic.numbers * (4 if form is torch_form else 8) / 1e3:.0f}"]
+        for values, theirs in ((waits, [t.seconds for t in torch_form.traffic] if torch_form else []),
+                               (form.steps, torch_form.steps if torch_form else [])):  # fmt: skip
+            row.append(_spread(values))
+            row.append(f"{statistics.median(values) / statistics.median(theirs):.3f}" if theirs else "")
+        table.add_row(*row, _difference(form, torch_form))
+    return table
+
+
+def _distributed(network: nn.Module) -> nn.Module:
+    if dist.get_world_size() == 1:
+        return network
+    return DistributedDataParallel(network, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def _step(form: Form, network: nn.Module, x_NCHW: Tensor, label_N: Tensor, *, first: bool) -> None:
+    limit, collectives.GATHER_LIMIT = collectives.GATHER_LIMIT, 0 if form.name == REDUCED else collectives.GATHER_LIMIT
+    network.zero_grad(set_to_none=True)
+    dist.barrier()
+    began = time.perf_counter()
+    try:
+        with _counted() as traffic:
+            logits_NK = network(x_NCHW).main_NK
+            loss = nn.functional.cross_entropy(logits_NK, label_N)
+            loss.backward()  # type: ignore[no-untyped-call]
+    finally:
+        collectives.GATHER_LIMIT = limit
+    seconds = time.perf_counter() - began
+    if first:
+        form.loss = float(loss)
+        form.gradient = torch.cat([p.grad.double().flatten() for p in network.parameters() if p.grad is not None])
+    else:
+        form.steps.append(seconds)
+        form.traffic.append(traffic)
+
+
+@dataclass(slots=True)
+class Watch:
+    """Whose traffic is counted at the moment."""
+
+    traffic: Traffic = field(default_factory=Traffic)
+
+
+_WATCH = Watch()
+
+
+@contextmanager
+def _timed(numbers: int) -> Iterator[None]:
+    """One exchange, waited for."""
+    traffic = _WATCH.traffic
+    traffic.exchanges += 1
+    traffic.numbers += numbers
+    began = time.perf_counter()
+    try:
+        yield
+    finally:
+        traffic.seconds += time.perf_counter() - began
+
+
+@contextmanager
+def _counted() -> Iterator[Traffic]:
+    """Watch the exchanges of our layers, and collect those of torch's form."""
+    traffic = _WATCH.traffic = Traffic()
+    group = collectives.StatisticsGroup
+    begin = {name: getattr(group, name) for name in ("_begin_gather", "_begin_reduce")}
+
+    def watched(name: str) -> Callable[..., Callable[[], Tensor]]:
+        def started(self: Any, packet_P: Tensor) -> Callable[[], Tensor]:
+            began = time.perf_counter()
+            arrived = begin[name](self, packet_P)
+            traffic.seconds += time.perf_counter() - began
+
+            def waited() -> Tensor:
+                with _timed(packet_P.numel()):
+                    result: Tensor = arrived()
+                return result
+
+            return waited
+
+        return started
+
+    for name in begin:
+        setattr(group, name, watched(name))
+    try:
+        yield traffic
+    finally:
+        for name, original in begin.items():
+            setattr(group, name, original)
+
+
+def _difference(form: Form, other: Form | None) -> str:
+    """Between gradients, in units of the largest entry."""
+    if other is None or form is other or form.gradient is None or other.gradient is None:
+        return ""
+    scale = other.gradient.abs().max()
+    return f"{(form.gradient - other.gradient).abs().max() / scale:.0e}"
+
+
+def _spread(values: Sequence[float]) -> str:
+    low, middle, high = statistics.quantiles(values, n=4)
+    return f"{middle * 1e3:.0f} ({low * 1e3:.0f}-{high * 1e3:.0f})"
+
+
+def join(processes: int) -> bool:
+    """Join the group that a launcher has described; False where there is none and it takes more than this process."""
+    if "RANK" not in os.environ:
+        if processes > 1:
+            return False
+        os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    dist.init_process_group("gloo")
+    return True
