@@ -24,8 +24,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pipeline import models
 from pipeline.norm import SyncBatchNorm, collectives
+from pipeline.norm.sync_batch_norm import Level
 
-LOCAL, TORCH, REDUCED, LAYERS, LEVELS = FORMS = ("local", "torch's form", "layer, all-reduce", "layer", "level")
+LOCAL, TORCH, REDUCED, LAYERS, LEVELS, OVERLAP = FORMS = (
+    "local", "torch's form", "layer, all-reduce", "layer", "level", "level, overlapped",
+)  # fmt: skip
 _CLASSES = 100
 
 
@@ -103,10 +106,20 @@ class _TorchForm(torch.autograd.Function):
 class _OneByOne(SyncBatchNorm):
     """Ours without levels."""
 
-    forward_level = None  # type: ignore[assignment]
+    begin_level = None  # type: ignore[assignment]
 
-    def forward(self, x: Tensor) -> Tensor:
-        return SyncBatchNorm.forward_level([self], [x])[0]
+
+class _InLine(SyncBatchNorm):
+    """Ours with levels, each waited for where it begins, and no gradient put off."""
+
+    @staticmethod
+    def begin_level(
+        layers: Sequence[SyncBatchNorm], xs: Sequence[Tensor], followers: Sequence[nn.Conv2d] = ()
+    ) -> Level:
+        level = SyncBatchNorm.begin_level(layers, xs)
+        ys = level.finish()
+        level.finish = lambda: ys  # type: ignore[method-assign]
+        return level
 
 
 _FACTORIES: dict[str, Callable[[int], nn.Module]] = {
@@ -114,7 +127,8 @@ _FACTORIES: dict[str, Callable[[int], nn.Module]] = {
     TORCH: TorchFormNorm,
     REDUCED: _OneByOne,
     LAYERS: _OneByOne,
-    LEVELS: SyncBatchNorm,
+    LEVELS: _InLine,
+    OVERLAP: SyncBatchNorm,
 }
 
 

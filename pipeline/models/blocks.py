@@ -1,15 +1,15 @@
 """The parts a model is made of: convolution units, the inception module run level by level, keyed dropout.
 
 A norm is whatever `norm(channels)` returns; None means no normalization, and then convolutions keep
-their bias. Units at the same distance from a module's input form a level, whose norms a norm class
-may treat together (`forward_level`), so that synchronized norms exchange once a level.
+their bias. Units that do not depend on one another form a level, whose norms a norm class may treat
+together (`begin_level`), so that synchronized norms exchange once a level, beside other work.
 Legend: N images, C channels, H, W pixels, F features.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -44,13 +44,48 @@ class Unit(nn.Module):
         return output_NCHW
 
 
-def forward_level(units: Sequence[Unit], xs: Sequence[Tensor]) -> list[Tensor]:
-    """Outputs of units that do not depend on one another, their norms taken together where the class can."""
-    convolved = [unit.conv(x) for unit, x in zip(units, xs, strict=True)]
-    norms = [unit.norm for unit in units]
-    together = getattr(type(norms[0]), "forward_level", None)
-    normalized = together(norms, convolved) if together else [n(x) for n, x in zip(norms, convolved, strict=True)]
-    return [unit.activation(x) for unit, x in zip(units, normalized, strict=True)]
+class Convolve(Protocol):
+    """How a convolution is run on what a level gave out."""
+
+    def __call__(self, conv: nn.Module, x: Tensor) -> Tensor: ...
+
+
+class Begun(Protocol):
+    """A level whose norms have begun: what `begin_level` of a norm class returns."""
+
+    def finish(self) -> list[Tensor]: ...
+
+    def convolve(self, conv: nn.Module, x: Tensor) -> Tensor: ...
+
+
+def plainly(conv: nn.Module, x: Tensor) -> Tensor:
+    """A convolution that no level has a part in."""
+    output: Tensor = conv(x)
+    return output
+
+
+class Level:
+    """Units that do not depend on one another, from their convolutions' outputs on.
+
+    Norms that know levels begin theirs here, and what is computed until `finish` runs beside their exchange.
+    followers: convolutions that the outputs go into; run by `convolve`, they may leave half of their backward to it.
+    """
+
+    def __init__(self, units: Sequence[Unit], convolved: Sequence[Tensor], followers: Sequence[nn.Module] = ()):
+        self.units, self.convolved = units, convolved
+        norms = [unit.norm for unit in units]
+        begin = getattr(type(norms[0]), "begin_level", None) if norms[0].training else None
+        plain_convs = [conv for conv in followers if type(conv) is nn.Conv2d]
+        self._begun: Begun | None = begin(norms, convolved, plain_convs) if begin else None
+        self.convolve: Convolve = self._begun.convolve if self._begun else plainly
+
+    def finish(self) -> list[Tensor]:
+        """The units' outputs."""
+        if self._begun is None:
+            normalized = [unit.norm(x) for unit, x in zip(self.units, self.convolved, strict=True)]
+        else:
+            normalized = self._begun.finish()
+        return [unit.activation(x) for unit, x in zip(self.units, normalized, strict=True)]
 
 
 class HalvingPool(nn.Module):
@@ -99,18 +134,32 @@ class Inception(nn.Module):
         self.projection = Unit(inputs, w.projection, 1, style) if w.projection else None
         self.outputs = w.conv1 + w.conv3 + w.conv33 + (w.projection or inputs)
 
-    def forward(self, x_NCHW: Tensor) -> Tensor:
+    @property
+    def entries(self) -> list[nn.Module]:
+        """The convolutions of its input, one of them behind the pool."""
+        units = (self.reduce3, self.reduce33, self.conv1, self.projection)
+        return [unit.conv for unit in units if unit is not None]
+
+    def forward(
+        self, x_NCHW: Tensor, convolve: Convolve = plainly, followers: Sequence[nn.Module] = ()
+    ) -> tuple[Tensor, Convolve]:
+        """convolve: of the level that x comes from. followers: of the outputs; and how those are to be convolved."""
+        reduced = [convolve(unit.conv, x_NCHW) for unit in (self.reduce3, self.reduce33)]
+        level = Level([self.reduce3, self.reduce33], reduced, [self.conv3.conv, self.conv33a.conv])
+        # What the next levels need of x is computed while this one's statistics are under way.
+        units, outputs = [self.conv3, self.conv33a], [] if self.conv1 is None else [convolve(self.conv1.conv, x_NCHW)]
+        three, double = level.finish()
+        outputs = [level.convolve(self.conv3.conv, three), level.convolve(self.conv33a.conv, double), *outputs]
+        units += [] if self.conv1 is None else [self.conv1]
+        level = Level(units, outputs, [self.conv33b.conv])
+
         pooled = self.pool(x_NCHW)
-        if self.conv1 is None or self.projection is None:
-            three, double = forward_level([self.reduce3, self.reduce33], [x_NCHW] * 2)
-            three, double = forward_level([self.conv3, self.conv33a], [three, double])
-            (double,) = forward_level([self.conv33b], [double])
-            return torch.cat([three, double, pooled], 1)
-        level = [self.conv1, self.reduce3, self.reduce33, self.projection]
-        one, three, double, pooled = forward_level(level, [x_NCHW, x_NCHW, x_NCHW, pooled])
-        three, double = forward_level([self.conv3, self.conv33a], [three, double])
-        (double,) = forward_level([self.conv33b], [double])
-        return torch.cat([one, three, double, pooled], 1)
+        last = [] if self.projection is None else [convolve(self.projection.conv, pooled)]
+        three, double, *one = level.finish()
+        units = [self.conv33b] + ([] if self.projection is None else [self.projection])
+        level = Level(units, [level.convolve(self.conv33b.conv, double), *last], followers)
+        double, *projected = level.finish()
+        return torch.cat([*one, three, double, *(projected or [pooled])], 1), level.convolve
 
 
 class SampleDropout(nn.Module):

@@ -12,7 +12,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pipeline.models.blocks import HalvingPool, Inception, NormFactory, SampleDropout, Style, Unit, Widths
+from pipeline.models.blocks import (
+    Convolve,
+    HalvingPool,
+    Inception,
+    Level,
+    NormFactory,
+    SampleDropout,
+    Style,
+    Unit,
+    Widths,
+    plainly,
+)
 
 # Figure 5. 4c and 4d print a projection of 128, which contradicts their printed depth of 576: 96 fits the depth and
 # the published 13.6e6 parameters; `literal_fig5` restores 128 (weights that circulate were trained with it).
@@ -112,14 +123,30 @@ class InceptionNetwork(nn.Module):
         initialize(self, initial_gain)
 
     def forward(self, x_NCHW: Tensor) -> Logits:
-        x_NCHW = self.stem(x_NCHW)
+        x_NCHW, convolve = self._stem_of(x_NCHW)
         auxiliary_NK = None
-        for name, module in self.body.items():
-            x_NCHW = module(x_NCHW)
+        modules = list(self.body.items())
+        for number, (name, module) in enumerate(modules):
+            following = modules[number + 1][1].entries if number + 1 < len(modules) else ()
+            x_NCHW, convolve = module(x_NCHW, convolve, following)
             if name == "4d" and self.auxiliary is not None and self.training:
                 auxiliary_NK = self.auxiliary(x_NCHW)
         pooled_NC = x_NCHW.mean((2, 3))
         return Logits(self.classifier(self.dropout(pooled_NC)), auxiliary_NK)
+
+    def _stem_of(self, x_NCHW: Tensor) -> tuple[Tensor, Convolve]:
+        """The stem, each of its units a level; and how its output is to be convolved."""
+        units = [part for part in self.stem if isinstance(part, Unit)]
+        first: Any = next(iter(self.body.values()))
+        followers = [*([unit.conv] for unit in units[1:]), first.entries]
+        convolve: Convolve = plainly
+        for part in self.stem:
+            if isinstance(part, Unit):
+                level = Level([part], [convolve(part.conv, x_NCHW)], followers[units.index(part)])
+                (x_NCHW,), convolve = level.finish(), level.convolve
+            else:
+                x_NCHW = part(x_NCHW)
+        return x_NCHW, convolve
 
 
 def bn_inception(*, num_classes: int, norm: NormFactory, **options: object) -> InceptionNetwork:

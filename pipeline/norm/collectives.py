@@ -36,17 +36,18 @@ class StatisticsGroup:
     process_group: dist.ProcessGroup | None
     first: int = 0
 
-    def merged(self, level: Sequence[Moments]) -> list[Moments]:
-        """Moments of each layer over all ranks of the group, identical on each. One exchange."""
+    def begin_merge(self, level: Sequence[Moments]) -> Callable[[], list[Moments]]:
+        """Start to merge the moments of each layer over the group; what is returned waits for them. One exchange."""
         if self.size == 1:
-            return list(level)
+            return lambda: list(level)
         gathers = self.size <= GATHER_LIMIT
         packets = [pack(moments) if gathers else pack_sums(moments) for moments in level]
         sizes = [packet.numel() for packet in packets]
-        packet_P = torch.cat(packets)
         if gathers:
-            return [merge_packets(rows) for rows in torch.split(self._begin_gather(packet_P)(), sizes, dim=1)]
-        return [from_sums(sums) for sums in torch.split(self._begin_reduce(packet_P)(), sizes)]
+            rows = self._begin_gather(torch.cat(packets))
+            return lambda: [merge_packets(each) for each in torch.split(rows(), sizes, dim=1)]
+        sums = self._begin_reduce(torch.cat(packets))
+        return lambda: [from_sums(each) for each in torch.split(sums(), sizes)]
 
     def begin_sum(self, packet_P: Tensor) -> Callable[[], Tensor]:
         """Start to sum every rank's packet; what is returned waits for the sum, identical on each. One exchange."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.norm.collectives import GroupSize, StatisticsGroup, statistics_group
+from pipeline.norm.late_gradients import LateGradients
 from pipeline.norm.moments import Moments, batch_moments
 
 Layer = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
@@ -69,12 +70,16 @@ class SyncBatchNorm(nn.Module):
             self.num_batches_tracked.zero_()
 
     def forward(self, x: Tensor) -> Tensor:
-        if self._is_on_batch:
-            return SyncBatchNorm.forward_level([self], [x])[0]
         self._check(x)
+        return Level([self], [x], (), together=True).finish()[0] if self._is_on_batch else self._evaluated(x)
+
+    def _evaluated(self, x: Tensor) -> Tensor:
         y = nn.functional.batch_norm(
             x, self.running_mean, self.running_var, self.weight, self.bias, training=False, eps=self.eps
         )
+        return self._activated(y)
+
+    def _activated(self, y: Tensor) -> Tensor:
         return torch.relu(y) if self.activation == "relu" else y
 
     @staticmethod
@@ -83,15 +88,24 @@ class SyncBatchNorm(nn.Module):
 
         Layers of other groups, or in another mode, than the first one are called one by one.
         """
+        return SyncBatchNorm.begin_level(layers, xs).finish()
+
+    @staticmethod
+    def begin_level(
+        layers: Sequence[SyncBatchNorm], xs: Sequence[Tensor], followers: Sequence[nn.Conv2d] = ()
+    ) -> Level:
+        """Start what forward_level does; Level.finish waits for the exchange and normalizes.
+
+        followers: convolutions of what comes out, if nothing that normalizes lies between. Called through
+        Level.convolve they leave their weights' gradients to the level, which computes them in the backward
+        while its own exchange is under way.
+        """
         first = layers[0]
         together = all(layer._is_on_batch and layer.group_size == first.group_size
                        and layer.training == first.training for layer in layers)  # fmt: skip
-        if not together:
-            return [layer(x) for layer, x in zip(layers, xs, strict=True)]
         for layer, x in zip(layers, xs, strict=True):
             layer._check(x)
-        ys = _normalized(layers, xs)
-        return [torch.relu(y) if layer.activation == "relu" else y for layer, y in zip(layers, ys, strict=True)]
+        return Level(layers, xs, followers if together else (), together=together)
 
     @property
     def _is_on_batch(self) -> bool:
@@ -128,32 +142,65 @@ class SyncBatchNorm(nn.Module):
 SyncBatchNorm2d = SyncBatchNorm
 
 
-def _normalized(layers: Sequence[SyncBatchNorm], xs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Each x normalized with its moments over the group, which the layers' running statistics follow."""
-    first = layers[0]
-    group = statistics_group(first.group_size if first.training else 1)
-    with torch.no_grad():
-        level = group.merged([batch_moments(x) for x in xs])
-        # Gradient checkpointing runs a forward pass again inside the backward: the same batch, not another one.
-        if first.training and torch._C._current_graph_task_id() == -1:
-            for layer, moments in zip(layers, level, strict=True):
-                layer._track(moments)
-    tensors = [tensor for layer, x in zip(layers, xs, strict=True) for tensor in (x, layer.weight, layer.bias)]
-    ys: tuple[Tensor, ...] = _Normalize.apply(level, [layer.eps for layer in layers], group, *tensors)
-    return ys
+class Level:
+    """Layers on their way through one exchange, and the convolutions behind them."""
+
+    def __init__(
+        self,
+        layers: Sequence[SyncBatchNorm],
+        xs: Sequence[Tensor],
+        followers: Sequence[nn.Conv2d],
+        *,
+        together: bool,
+    ):
+        self.layers, self.xs, self.together = layers, xs, together
+        if not together:
+            self.late = LateGradients(())
+            return
+        first = layers[0]
+        self.group = statistics_group(first.group_size if first.training else 1)
+        hides = self.group.size > 1 and torch.is_grad_enabled()
+        self.late = LateGradients(conv for conv in followers if hides and conv.bias is None)
+        with torch.no_grad():
+            self._merged = self.group.begin_merge([batch_moments(x) for x in xs])
+
+    def finish(self) -> list[Tensor]:
+        """What comes out of each layer."""
+        if not self.together:
+            return [layer(x) for layer, x in zip(self.layers, self.xs, strict=True)]
+        with torch.no_grad():
+            level = self._merged()
+            # Gradient checkpointing runs a forward pass again inside the backward: the same batch, not another one.
+            if self.layers[0].training and torch._C._current_graph_task_id() == -1:
+                for layer, moments in zip(self.layers, level, strict=True):
+                    layer._track(moments)
+        tensors = [t for layer, x in zip(self.layers, self.xs, strict=True) for t in (x, layer.weight, layer.bias)]
+        epsilons = [layer.eps for layer in self.layers]
+        ys = _Normalize.apply(level, epsilons, self.group, self.late, *tensors, *self.late.weights)
+        return [layer._activated(y) for layer, y in zip(self.layers, ys, strict=True)]
+
+    def convolve(self, conv: nn.Module, x: Tensor) -> Tensor:
+        """conv(x); a follower's weight gets its gradient from this level."""
+        return self.late.convolve(conv, x)
 
 
 class _Normalize(torch.autograd.Function):
     """Normalization of a level with given moments of the group, differentiated through those moments.
 
-    Its tensors are x, weight and bias of each layer in turn.
+    Its tensors are x, weight and bias of each layer in turn, then the weights of late gradients.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, level: list[Moments], epsilons: list[float], group: StatisticsGroup, *tensors: Tensor | None
+        ctx: Any,
+        level: list[Moments],
+        epsilons: list[float],
+        group: StatisticsGroup,
+        late: LateGradients,
+        *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
         ys, saved = [], []
+        tensors = tensors[: 3 * len(level)]
         for moments, eps, x, weight_C, bias_C in zip(
             level, epsilons, tensors[::3], tensors[1::3], tensors[2::3], strict=True
         ):
@@ -169,7 +216,7 @@ class _Normalize(torch.autograd.Function):
             ys.append(y.to(x.dtype))
             saved += [x, weight_C, mean_C, invstd_C, moments.count]
         ctx.save_for_backward(*saved)
-        ctx.group = group
+        ctx.group, ctx.late = group, late
         return tuple(ys)
 
     @staticmethod
@@ -178,10 +225,12 @@ class _Normalize(torch.autograd.Function):
         saved = ctx.saved_tensors
         parts = [_Part(dy, *saved[5 * i : 5 * i + 5]) for i, dy in enumerate(dys)]
         # Every rank takes part in the exchange even if its own dx is not asked for: another rank's may be.
-        total = ctx.group.begin_sum(torch.cat([part.sums_2C for part in parts]))()
-        totals = torch.split(total, [part.sums_2C.numel() for part in parts])
+        arrived = ctx.group.begin_sum(torch.cat([part.sums_2C for part in parts]))
+        late = ctx.late.gradients()
+        totals = torch.split(arrived(), [part.sums_2C.numel() for part in parts])
         gradients: list[Tensor | None] = []
-        for part, total_2C, (x, weight, bias) in zip(parts, totals, _by_three(ctx.needs_input_grad[3:]), strict=True):
+        wanted = _by_three(ctx.needs_input_grad[4 : 4 + 3 * len(parts)])
+        for part, total_2C, (x, weight, bias) in zip(parts, totals, wanted, strict=True):
             sum_dy_C, sum_dy_xhat_C = part.sums_2C.chunk(2)
             dtype = part.x.dtype if part.weight_C is None else part.weight_C.dtype
             gradients += [
@@ -189,7 +238,7 @@ class _Normalize(torch.autograd.Function):
                 sum_dy_xhat_C.to(dtype) if weight else None,
                 sum_dy_C.to(dtype) if bias else None,
             ]
-        return None, None, None, *gradients
+        return None, None, None, None, *gradients, *late
 
 
 class _Part:

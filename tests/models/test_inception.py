@@ -4,7 +4,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline import models
-from pipeline.models.blocks import SampleDropout, Unit, forward_level, set_sample_keys
+from pipeline.models.blocks import SampleDropout, Unit, set_sample_keys
 from pipeline.norm import SyncBatchNorm
 
 
@@ -66,7 +66,10 @@ def shapes(model: nn.Module, size: int) -> dict[str, tuple[int, ...]]:
     seen: dict[str, tuple[int, ...]] = {}
     parts = {**{f"stem{i}": m for i, m in enumerate(model.stem)}, **dict(model.body.items())}
     for name, part in parts.items():
-        part.register_forward_hook(lambda m, i, o, name=name: seen.update({name: tuple(o.shape[1:])}))
+        told = part.norm if isinstance(part, Unit) else part  # a unit of the stem is a level of its own
+        told.register_forward_hook(
+            lambda m, i, o, name=name: seen.update({name: tuple((o[0] if isinstance(o, tuple) else o).shape[1:])})
+        )
     with torch.no_grad():
         model.eval()(torch.zeros(1, 3, size, size))
     return seen
@@ -106,31 +109,28 @@ def test_convolutions_have_a_bias_only_where_no_norm_follows():
     assert sum(m.bias is None for m in plain) == 1  # the depthwise one
 
 
-def test_modules_run_in_three_levels_each_through_forward_level_of_the_norm():
+def test_the_network_is_33_levels_whose_exchanges_run_beside_other_branches():
     levels: list[list[int]] = []
 
     class LevelNorm(SyncBatchNorm):
         @staticmethod
-        def forward_level(layers, xs):
+        def begin_level(layers, xs, followers=()):
             levels.append([layer.num_features for layer in layers])
-            return [layer(x) for layer, x in zip(layers, xs, strict=True)]
+            return SyncBatchNorm.begin_level(layers, xs, followers)
 
-    torch.manual_seed(0)
-    model = models.build("bn_inception", num_classes=10, norm=LevelNorm, stem="small", width=0.25)
-    torch.manual_seed(0)
-    alone = models.build("bn_inception", num_classes=10, norm=SyncBatchNorm, stem="small", width=0.25)
-    x = torch.randn(2, 3, 32, 32)
-    assert torch.equal(model(x).main_NK, alone(x).main_NK)
-    assert len(levels) == 30  # with the stem's three levels of one layer each, 33: the length of the longest path
-    assert [len(level) for level in levels[:9]] == [4, 2, 1, 4, 2, 1, 2, 2, 1]
-    full = [Unit(3, c, 1, model_style()) for c in (64, 64, 64, 32)]
-    assert len(forward_level(full, [torch.randn(1, 3, 4, 4)] * 4)) == 4
+    class LonelyNorm(SyncBatchNorm):
+        begin_level = None
 
-
-def model_style():
-    from pipeline.models.blocks import Style
-
-    return Style(SyncBatchNorm)
+    outputs = []
+    for norm in (LevelNorm, LonelyNorm):
+        torch.manual_seed(0)
+        model = models.build("bn_inception", num_classes=10, norm=norm, stem="small", width=0.25)
+        outputs.append(model(torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))).main_NK)
+    assert torch.equal(*outputs)
+    # As many as the longest path has layers: 3 of the stem and 3 of each module.
+    assert len(levels) == 33
+    assert [len(level) for level in levels[:12]] == [1, 1, 1, 2, 3, 2, 2, 3, 2, 2, 2, 1]
+    assert sum(map(len, levels)) == 69
 
 
 def test_sigmoid_replaces_every_rectifier_and_gain_scales_convolutions():
