@@ -42,6 +42,7 @@ class Preemption(lightning.Callback):
         self.timeout, self.on_interruption = timeout, on_interruption
         self.agreement = losses.agreement
         self.signal: int | None = None
+        self._before: dict[int, Any] = {}
         self._step = 0
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
@@ -53,10 +54,13 @@ class Preemption(lightning.Callback):
                 f"ranks go on from different checkpoints, of steps {sorted(set(steps))}: run.dir must be one directory "
                 "that all nodes see"
             )
-        for number in SIGNALS:  # in place of Lightning's own, which save and communicate inside the handler
-            signal.signal(number, self._note)
+        self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
         # Lightning also broadcasts a flag before every batch and waits for it; the agreement takes its place.
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = _nothing  # type: ignore[method-assign]
+
+    def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        for number, handler in self._before.items():  # nobody asks for the flag from here on
+            signal.signal(number, handler)
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int

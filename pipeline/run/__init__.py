@@ -51,13 +51,17 @@ def train(config: Config, world: World, console: Console, watchers: Sequence[lig
 
     watchers: callbacks after the run's own.
     """
-    run = assemble(config, world)
+    with interruptible():
+        return _train(assemble(config, world), console, watchers)
+
+
+def _train(run: Assembly, console: Console, watchers: Sequence[lightning.Callback]) -> Scores | None:
     start = _start(run, console)
-    reporters = build_reporters(run, start, console) if world.leads else []
+    reporters = build_reporters(run, start, console) if run.world.leads else []
     watch = build_watch(run, reporters, console)
     trainer = build_trainer(run, [*watch.callbacks, *watchers])
     try:
-        with interruptible(), explained(run, watch.watchdog):
+        with explained(run, watch.watchdog):
             trainer.fit(run.classifier, datamodule=run.data, ckpt_path=start, weights_only=True)
             if watch.tracking.validated_step != trainer.global_step:
                 trainer.validate(run.classifier, datamodule=run.data, verbose=False)
@@ -68,7 +72,7 @@ def train(config: Config, world: World, console: Console, watchers: Sequence[lig
     finally:
         for reporter in reporters:
             reporter.close()
-    if world.leads:
+    if run.world.leads:
         summarize(run, trainer.global_step, console)
     return run.classifier.scores
 

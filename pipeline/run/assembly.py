@@ -153,7 +153,7 @@ def build_trainer(assembly: Assembly, callbacks: list[lightning.Callback]) -> li
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
     trainer = config.trainer
-    return lightning.Trainer(
+    built = lightning.Trainer(
         accelerator=accelerator_of(config),
         # The strategy names the devices; Lightning would look for one of its own for each rank that shares one.
         devices=1 if accelerator_of(config) == "cuda" else world.local_size,
@@ -175,6 +175,14 @@ def build_trainer(assembly: Assembly, callbacks: list[lightning.Callback]) -> li
         enable_progress_bar=False,
         enable_model_summary=False,
     )
+    # Its handler of SIGTERM communicates: a signal that met one rank first would leave the ranks waiting in
+    # collectives that do not meet.
+    built._signal_connector.register_signal_handlers = _nothing  # type: ignore[method-assign]
+    return built
+
+
+def _nothing() -> None:
+    """No handlers."""
 
 
 def build_strategy(config: Config, world: World, files: CheckpointFiles) -> Strategy:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import errno
+import signal
 import socket
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lightning.pytorch.utilities.exceptions import SIGTERMException
-
-from pipeline.callbacks.preemption import InterruptedRunError
+from pipeline.callbacks.preemption import SIGNALS, InterruptedRunError
 from pipeline.callbacks.watchdog import Watchdog, connection_broke, note_traceback
 from pipeline.config import Config
 from pipeline.launch.failure import FailedRunError
@@ -74,10 +74,22 @@ def _appetite(config: Config, world: World) -> Appetite:
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Take what Lightning makes of a signal outside the training loop, as the interruption that it is."""
+    """End what runs inside by an InterruptedRunError when a signal comes that the training does not hear itself.
+
+    That is before its first step and after its last: nothing is lost there that the next start does not do again.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(number: int, frame: object) -> None:
+        for each in SIGNALS:  # a second one ends the process at once
+            signal.signal(each, signal.SIG_DFL)
+        raise InterruptedRunError("interrupted")
+
+    previous = {number: signal.signal(number, interrupt) for number in SIGNALS}
     try:
         yield
-    except SystemExit as ending:
-        if isinstance(ending, SIGTERMException) or isinstance(ending.__context__, KeyboardInterrupt):
-            raise InterruptedRunError("interrupted") from None
-        raise
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -11,10 +11,12 @@ from rich.console import Console
 from pipeline import run
 from pipeline.callbacks import agreement
 from pipeline.callbacks.journal import read_journal
+from pipeline.callbacks.population import Population
 from pipeline.callbacks.preemption import InterruptedRunError, Preemption
 from pipeline.cli.settling import settled
 from pipeline.config import Config, completed, compose_config
 from pipeline.launch.plan import open_run, read_record
+from pipeline.run import assembly
 from pipeline.training.checkpoint import checkpoints
 from pipeline.training.checkpoint_io import CheckpointError
 from pipeline.world import World
@@ -132,6 +134,51 @@ def test_two_then_three_ranks_then_one_go_on_at_the_next_sample(shards, tmp_path
     assert losses == pytest.approx(expected, abs=tolerance)
     worlds = [start["world"] for start in read_record(tmp_path / "broken").starts]
     assert worlds == [2, 3, 1]
+
+
+def stopped_rank(rank: int, world: int, settings: Config, number: int, where: str) -> str:
+    """Train; the last rank alone gets a signal before its first step, or in the validation after its last."""
+    started = Population.on_validation_start
+
+    def interrupt(self, trainer, pl_module):
+        if trainer.state.fn == "validate" and rank == world - 1 and where == "end":
+            signal.raise_signal(number)
+        started(self, trainer, pl_module)
+
+    Population.on_validation_start = interrupt
+    announced = assembly.build_strategy
+
+    def before(*arguments):
+        if rank == world - 1 and where == "start":
+            signal.raise_signal(number)
+        return announced(*arguments)
+
+    assembly.build_strategy = before
+    try:
+        run.train(settings, World.from_environment(), Console(quiet=True))
+    except Exception as error:
+        return type(error).__name__
+    return "done"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2, signal.SIGINT])
+def test_a_signal_after_the_last_step_ends_all_ranks_and_the_next_start_ends_the_run(shards, tmp_path, number):
+    more = ("trainer.validate_every_epochs=0",)
+    whole = config(shards, tmp_path, "whole", 2, *more)
+    run_ranks(2, train_rank, whole, 0)
+    settings = config(shards, tmp_path, "broken", 2, *more)
+    said = run_ranks(2, stopped_rank, settings, number, "end", seconds=30)
+    assert said[1] == "InterruptedRunError"
+    assert said[0] in ("InterruptedRunError", "FailedRunError")  # it lost its partner
+    assert [row[1] for row in journal(settings.directory)] == ["train"] * 15
+    run_ranks(2, train_rank, config(shards, tmp_path, "broken", 2, *more), 0)
+    assert journal(settings.directory) == journal(whole.directory)
+
+
+def test_a_signal_before_the_first_step_is_an_interruption(shards, tmp_path):
+    assert run_ranks(1, stopped_rank, config(shards, tmp_path, "run", 1), signal.SIGTERM, "start") == [
+        "InterruptedRunError"
+    ]
 
 
 def refused_rank(rank: int, world: int, settings: Config, elsewhere: Path) -> str:
