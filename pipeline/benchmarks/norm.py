@@ -7,6 +7,7 @@ torch's own layer refuses the CPU; its form is emulated in plain operations, col
 
 from __future__ import annotations
 
+import copy
 import os
 import statistics
 import time
@@ -27,7 +28,7 @@ from pipeline.norm import SyncBatchNorm, collectives
 from pipeline.norm.sync_batch_norm import Level
 
 LOCAL, TORCH, REDUCED, LAYERS, LEVELS, OVERLAP = FORMS = (
-    "local", "torch's form", "layer, all-reduce", "layer", "level", "level, overlapped",
+    "local", "torch's form", "layer all-reduce", "layer", "level", "level overlapped",
 )  # fmt: skip
 _CLASSES = 100
 
@@ -43,13 +44,12 @@ class Traffic:
 
 @dataclass(slots=True)
 class Form:
-    """One way to synchronize, and what its steps were, the first one left out."""
+    """One way to synchronize, and what its steps were after a first one. gradient: of one step in float64."""
 
     name: str
     steps: list[float] = field(default_factory=list)  # seconds
     traffic: list[Traffic] = field(default_factory=list)
-    loss: float = 0.0  # of the first step
-    gradient: Tensor | None = None  # of the first step, all of it in float64
+    gradient: Tensor | None = None
 
 
 class TorchFormNorm(nn.Module):
@@ -153,9 +153,14 @@ def compare(
     x_NCHW = torch.randn(images, 3, size, size, generator=generator)
     label_N = torch.randint(_CLASSES, (images,), generator=generator)
     forms = [Form(name) for name in networks]
+    for form in forms:
+        form.gradient = _exact_gradient(form, networks[form.name], x_NCHW, label_N)
     for repeat in range(repeats + 1):
         for form in forms:
-            _step(form, trained[form.name], x_NCHW, label_N, first=repeat == 0)
+            seconds, traffic = _step(form, trained[form.name], x_NCHW, label_N)
+            if repeat:
+                form.steps.append(seconds)
+                form.traffic.append(traffic)
             progress(repeat * len(forms) + forms.index(form) + 1, (repeats + 1) * len(forms))
     return forms
 
@@ -164,7 +169,7 @@ def report(forms: Sequence[Form]) -> Table:
     """Medians and quartiles over steps of this rank; the ratio is of torch's form."""
     title = f"BN-Inception, {dist.get_world_size()} ranks, n = {len(forms[0].steps)}; median (quartiles) of rank 0"
     table = Table("form", "exchanges", "KB sent", "ms in statistics", "of torch's", "ms a step", "of torch's",
-                  "largest difference of a gradient", title=title, title_justify="left")  # fmt: skip
+                  "gradients differ by", title=title, title_justify="left")  # fmt: skip
     torch_form = next((form for form in forms if form.name == TORCH), None)
     for form in forms:
         traffic = form.traffic[-1]
@@ -184,7 +189,15 @@ def _distributed(network: nn.Module) -> nn.Module:
     return DistributedDataParallel(network, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
-def _step(form: Form, network: nn.Module, x_NCHW: Tensor, label_N: Tensor, *, first: bool) -> None:
+def _exact_gradient(form: Form, network: nn.Module, x_NCHW: Tensor, label_N: Tensor) -> Tensor:
+    """All of one step's gradient over all ranks, in float64, in which no form may differ from another."""
+    exact = _distributed(copy.deepcopy(network).double())
+    _step(form, exact, x_NCHW.double(), label_N)
+    return torch.cat([p.grad.flatten() for p in exact.parameters() if p.grad is not None])
+
+
+def _step(form: Form, network: nn.Module, x_NCHW: Tensor, label_N: Tensor) -> tuple[float, Traffic]:
+    """Forward and backward, with the seconds of both."""
     limit, collectives.GATHER_LIMIT = collectives.GATHER_LIMIT, 0 if form.name == REDUCED else collectives.GATHER_LIMIT
     network.zero_grad(set_to_none=True)
     dist.barrier()
@@ -196,13 +209,7 @@ def _step(form: Form, network: nn.Module, x_NCHW: Tensor, label_N: Tensor, *, fi
             loss.backward()  # type: ignore[no-untyped-call]
     finally:
         collectives.GATHER_LIMIT = limit
-    seconds = time.perf_counter() - began
-    if first:
-        form.loss = float(loss)
-        form.gradient = torch.cat([p.grad.double().flatten() for p in network.parameters() if p.grad is not None])
-    else:
-        form.steps.append(seconds)
-        form.traffic.append(traffic)
+    return time.perf_counter() - began, traffic
 
 
 @dataclass(slots=True)
