@@ -169,7 +169,8 @@ class Alternation(lightning.Callback):
         self._begin(trainer)
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        self._begin(trainer)  # anew: an epoch's end saves, and starts the loader again
+        if trainer.num_training_batches >= 2 * self.steps * trainer.accumulate_grad_batches:
+            self._begin(trainer)  # anew: an epoch's end saves, and starts the loader again; short epochs cannot matter
 
     def _begin(self, trainer: lightning.Trainer) -> None:
         self._left, self._began = self.steps, time.perf_counter()

@@ -13,6 +13,7 @@ from typing import Any
 
 import lightning
 
+from pipeline.callbacks.agreement import Agreement
 from pipeline.callbacks.bad_samples import BadSamples
 from pipeline.callbacks.losses import Losses
 from pipeline.data.shards import DataError
@@ -26,8 +27,28 @@ class InterruptedRunError(Exception):
     """A signal ended the run; the same command goes on from its newest checkpoint."""
 
 
+class SameStart(lightning.Callback):
+    """Before anything else that ranks do together: they go on from the same step. Begins their agreement."""
+
+    def __init__(self, agreement: Agreement, timeout: timedelta):
+        self.agreement, self.timeout = agreement, timeout
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        self.agreement.begin(self.timeout)
+        steps = sorted(set(self.agreement.gather(trainer.global_step)))
+        if len(steps) > 1:
+            raise CheckpointError(
+                f"ranks go on from different checkpoints, of steps {steps}: run.dir must be one directory that all "
+                "nodes see"
+            )
+
+
 class Preemption(lightning.Callback):
-    """Looks at flag, count and clock between steps. on_interruption: told before the last checkpoint is written."""
+    """Looks at flag, count and clock between steps.
+
+    is_done: whether nothing is left to do after the last step. on_interruption: told before the last checkpoint is
+    written.
+    """
 
     def __init__(
         self,
@@ -35,11 +56,11 @@ class Preemption(lightning.Callback):
         bad_samples: BadSamples,
         losses: Losses,
         *,
-        timeout: timedelta,
+        is_done: Callable[[lightning.Trainer], bool] = lambda trainer: True,
         on_interruption: Callable[[], object] = lambda: None,
     ):
         self.checkpoints, self.bad_samples, self.losses = checkpoints, bad_samples, losses
-        self.timeout, self.on_interruption = timeout, on_interruption
+        self.is_done, self.on_interruption = is_done, on_interruption
         self.agreement = losses.agreement
         self.signal: int | None = None
         self._before: dict[int, Any] = {}
@@ -47,13 +68,6 @@ class Preemption(lightning.Callback):
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self._step = trainer.global_step
-        self.agreement.begin(self.timeout)
-        steps = self.agreement.gather(self._step)
-        if len(set(steps)) > 1:
-            raise CheckpointError(
-                f"ranks go on from different checkpoints, of steps {sorted(set(steps))}: run.dir must be one directory "
-                "that all nodes see"
-            )
         self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
         # Lightning also broadcasts a flag before every batch and waits for it; the agreement takes its place.
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = _nothing  # type: ignore[method-assign]
@@ -89,7 +103,7 @@ class Preemption(lightning.Callback):
         # The checkpoint of the epoch's end is on its way already: Checkpoints comes before us.
         signals, bad, *_ = self.agreement.settle(self._values(trainer))
         self.bad_samples.check(round(bad))
-        if signals and not trainer.fit_loop.done:
+        if signals and not (trainer.fit_loop.done and self.is_done(trainer)):
             self.on_interruption()
             raise InterruptedRunError(f"interrupted after step {trainer.global_step}; its checkpoint is written")
 

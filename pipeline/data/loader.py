@@ -7,6 +7,7 @@ validation and estimate of statistics in turn. This file knows no Lightning: a w
 
 from __future__ import annotations
 
+import atexit
 import math
 import multiprocessing
 import signal
@@ -177,8 +178,9 @@ class Workers:
         self._places = Places()
         self._loader = self._new(self._places)
         self._running: object | None = None
-        # multiprocessing would end them by one SIGTERM at exit, which they take for a signal to the whole job. Before
-        # that it calls this, in a process that it started itself, too, which atexit does not.
+        # multiprocessing would end them by one SIGTERM at exit, which they take for a signal to the whole job. atexit
+        # comes before that, and before torch forgets how to end them, but not in a process of multiprocessing's own.
+        atexit.register(_end, weakref.ref(self))
         Finalize(None, _end, (weakref.ref(self),), exitpriority=1)
 
     def load(self, epoch: int | None, numbers: range) -> Iterator[Item]:

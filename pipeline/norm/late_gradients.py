@@ -30,7 +30,7 @@ class LateGradients:
     def convolve(self, conv: nn.Module, x: Tensor) -> Tensor:
         """conv(x), with the second half of its backward put off if it is one of ours."""
         place = next((i for i, ours in enumerate(self.convolutions) if ours is conv), None)
-        if place is None or conv.padding_mode != "zeros":
+        if place is None or not _is_plain(conv, x):
             output: Tensor = conv(x)
             return output
         assert isinstance(conv, nn.Conv2d)
@@ -48,6 +48,18 @@ class LateGradients:
 
     def put_off(self, place: int, dy: Tensor, x: Tensor, weight: Tensor) -> None:
         self._halves[place] = (dy, x, weight)
+
+
+def _is_plain(conv: nn.Module, x: Tensor) -> bool:
+    """Whether its backward is nothing but the two halves, and nobody watches its calls."""
+    assert isinstance(conv, nn.Conv2d)
+    watched = conv._forward_hooks or conv._forward_pre_hooks or conv._backward_hooks
+    return (
+        conv.padding_mode == "zeros"
+        and not isinstance(conv.padding, str)
+        and not watched
+        and (x.dtype != torch.float64 or not torch.is_autocast_enabled(x.device.type))
+    )
 
 
 class _Convolution(torch.autograd.Function):

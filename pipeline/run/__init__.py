@@ -58,9 +58,9 @@ def train(config: Config, world: World, console: Console, watchers: Sequence[lig
 def _train(run: Assembly, console: Console, watchers: Sequence[lightning.Callback]) -> Scores | None:
     start = _start(run, console)
     reporters = build_reporters(run, start, console) if run.world.leads else []
-    watch = build_watch(run, reporters, console)
-    trainer = build_trainer(run, [*watch.callbacks, *watchers])
     try:
+        watch = build_watch(run, reporters, console)
+        trainer = build_trainer(run, [*watch.callbacks, *watchers])
         with explained(run, watch.watchdog):
             trainer.fit(run.classifier, datamodule=run.data, ckpt_path=start, weights_only=True)
             if watch.tracking.validated_step != trainer.global_step:

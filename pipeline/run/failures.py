@@ -72,6 +72,10 @@ def _appetite(config: Config, world: World) -> Appetite:
     )
 
 
+class _SignalledError(BaseException):
+    """A signal, on its way out of whatever runs: code that takes any Exception for a fault of its own lets it pass."""
+
+
 @contextmanager
 def interruptible() -> Iterator[None]:
     """End what runs inside by an InterruptedRunError when a signal comes that the training does not hear itself.
@@ -85,11 +89,13 @@ def interruptible() -> Iterator[None]:
     def interrupt(number: int, frame: object) -> None:
         for each in SIGNALS:  # a second one ends the process at once
             signal.signal(each, signal.SIG_DFL)
-        raise InterruptedRunError("interrupted")
+        raise _SignalledError
 
     previous = {number: signal.signal(number, interrupt) for number in SIGNALS}
     try:
         yield
+    except _SignalledError:
+        raise InterruptedRunError("interrupted") from None
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -17,7 +17,7 @@ from pipeline.callbacks.journal import Journal
 from pipeline.callbacks.ledger import Ledger
 from pipeline.callbacks.losses import Losses
 from pipeline.callbacks.population import Population
-from pipeline.callbacks.preemption import Preemption
+from pipeline.callbacks.preemption import Preemption, SameStart
 from pipeline.callbacks.progress import ProgressReport
 from pipeline.callbacks.tracking import Reporter, Tracking
 from pipeline.callbacks.wandb_reporter import TrackingError, WandbPlace, WandbReporter
@@ -63,10 +63,11 @@ def build_watch(run: Assembly, reporters: Sequence[Reporter], console: Console) 
         run.checkpoints,
         bad_samples,
         losses,
-        timeout=timedelta(minutes=config.cluster.timeout_minutes),
+        is_done=lambda trainer: tracking.validated_step == trainer.global_step,
         on_interruption=partial(_tell_of_interruption, reporters),
     )
-    callbacks: list[lightning.Callback] = [run.throughput, population, tracking]
+    same_start = SameStart(losses.agreement, timedelta(minutes=config.cluster.timeout_minutes))
+    callbacks: list[lightning.Callback] = [same_start, run.throughput, population, tracking]
     callbacks += [reporter for reporter in reporters if isinstance(reporter, ProgressReport)]
     if config.ledger:
         callbacks.append(Ledger(config.directory / "ledger", rank=world.rank, keys=run.data.keys))

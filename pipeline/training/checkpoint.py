@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import shutil
@@ -186,7 +187,9 @@ def ends_epoch(trainer: lightning.Trainer) -> bool:
 def clear(directory: Path) -> None:
     """Remove what killed processes left half-written. To be called by whoever holds the directory."""
     for path in directory.glob(TEMPORARY):
-        path.unlink(missing_ok=True)
+        writer = path.suffixes[-2][1:]  # of an earlier start, it may be about to end this very file
+        if not Path("/proc", writer).exists():
+            path.unlink(missing_ok=True)
 
 
 def checkpoints(directory: Path) -> list[Path]:
@@ -215,5 +218,6 @@ def newest(directory: Path, identity: Mapping[str, Any] | None = None) -> tuple[
 
 def set_aside(path: Path) -> Path:
     """Rename a file that is no checkpoint of this run, so that it neither counts as the newest nor is lost."""
-    aside = path.with_name(f"{path.name}.set-aside")
+    names = (f"{path.name}.set-aside{f'-{number}' if number else ''}" for number in itertools.count())
+    aside = next(path.with_name(name) for name in names if not path.with_name(name).exists())
     return path.rename(aside)

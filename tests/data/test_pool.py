@@ -43,6 +43,31 @@ def test_no_process_outlives_the_one_it_works_for(tmp_path):
     until(lambda: not any(alive(int(path.name)) for path in begun.iterdir()))
 
 
+LOADING = """
+import sys
+from pipeline.data.loader import Workers
+
+class Items:
+    def __getitem__(self, place):
+        return place.number, []
+
+if __name__ == "__main__":
+    workers = Workers(Items(), 1)
+    list(workers.load(0, range(3)))
+    cycle = [workers]
+    cycle.append(cycle)  # which nobody breaks before the end
+    print("loaded")
+"""
+
+
+def test_a_process_with_workers_ends_when_it_is_done(tmp_path):
+    script = tmp_path / "loading.py"
+    script.write_text(LOADING)
+    ended = subprocess.run([sys.executable, str(script)], cwd=Path(__file__).parents[2], timeout=60,
+                           capture_output=True, text=True, check=False)  # fmt: skip
+    assert (ended.returncode, ended.stdout) == (0, "loaded\n"), ended.stderr
+
+
 def until(true) -> None:
     deadline = time.monotonic() + 60
     while not true():

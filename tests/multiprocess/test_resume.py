@@ -17,6 +17,7 @@ from pipeline.cli.settling import settled
 from pipeline.config import Config, completed, compose_config
 from pipeline.launch.plan import open_run, read_record
 from pipeline.run import assembly
+from pipeline.run.failures import interruptible
 from pipeline.training.checkpoint import checkpoints
 from pipeline.training.checkpoint_io import CheckpointError
 from pipeline.world import World
@@ -173,6 +174,29 @@ def test_a_signal_after_the_last_step_ends_all_ranks_and_the_next_start_ends_the
     assert [row[1] for row in journal(settings.directory)] == ["train"] * 15
     run_ranks(2, train_rank, config(shards, tmp_path, "broken", 2, *more), 0)
     assert journal(settings.directory) == journal(whole.directory)
+
+
+def test_a_signal_in_the_last_step_leaves_the_validation_to_the_next_start(shards, tmp_path):
+    more = ("trainer.validate_every_epochs=0",)
+    whole = config(shards, tmp_path, "whole", 2, *more)
+    run_ranks(2, train_rank, whole, 0)
+    assert run_ranks(2, train_rank, config(shards, tmp_path, "broken", 2, *more), 15) == [True, True]
+    assert [row[:2] for row in journal(tmp_path / "broken")] == [(step, "train") for step in range(1, 16)]
+    again = config(shards, tmp_path, "broken", 2, *more)
+    assert run_ranks(2, train_rank, again, 0) == [False, False]
+    assert journal(again.directory) == journal(whole.directory)
+
+
+def test_a_signal_is_no_fault_of_what_it_interrupts():
+    def read() -> None:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except Exception:  # as whoever reads a checkpoint or speaks to a server takes any error for a fault
+            pytest.fail("it was swallowed")
+
+    with pytest.raises(InterruptedRunError), interruptible():
+        read()
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def test_a_signal_before_the_first_step_is_an_interruption(shards, tmp_path):
