@@ -59,11 +59,11 @@ def ended(processes: list[subprocess.Popen]) -> list[int]:
     ("begin", "world", "number", "code"),
     [
         (alone, 1, signal.SIGTERM, 75),
-        (alone, 1, signal.SIGINT, 75),
-        (alone, 1, signal.SIGUSR2, 75),
+        pytest.param(alone, 1, signal.SIGINT, 75, marks=pytest.mark.slow),
+        pytest.param(alone, 1, signal.SIGUSR2, 75, marks=pytest.mark.slow),
         (torchrun, 2, signal.SIGTERM, 1),  # torch's agent has no other code for a rank that failed
-        (torchrun, 2, signal.SIGINT, 1),
-        (one_by_one, 2, signal.SIGTERM, 75),
+        pytest.param(torchrun, 2, signal.SIGINT, 1, marks=pytest.mark.slow),
+        pytest.param(one_by_one, 2, signal.SIGTERM, 75, marks=pytest.mark.slow),
         (one_by_one, 2, signal.SIGUSR2, 75),
     ],
 )

@@ -162,7 +162,8 @@ def stopped_rank(rank: int, world: int, settings: Config, number: int, where: st
     return "done"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR2, marks=pytest.mark.slow),
+                                    pytest.param(signal.SIGINT, marks=pytest.mark.slow)])  # fmt: skip
 def test_a_signal_after_the_last_step_ends_all_ranks_and_the_next_start_ends_the_run(shards, tmp_path, number):
     more = ("trainer.validate_every_epochs=0",)
     whole = config(shards, tmp_path, "whole", 2, *more)
