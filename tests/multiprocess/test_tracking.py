@@ -30,7 +30,7 @@ def train_rank(rank: int, world: int, settings: Config, stop: tuple[int, int, fl
     os.environ.update(environment)
     agreement.SECONDS = 0.0
     step, number, seconds = stop
-    wandb_reporter.INIT_SECONDS, wandb_reporter.FINISH_SECONDS = 3.0, 2.0
+    wandb_reporter.INIT_SECONDS, wandb_reporter.FINISH_SECONDS = 15.0, 2.0  # a loaded machine begins slowly
     wandb_reporter.FLUSH_SECONDS = 0.2 if seconds else 60.0
     reported = Tracking.on_train_batch_end
 
