@@ -67,6 +67,9 @@ def with_group(rank: int, world: int, function: Callable[..., Any], *arguments: 
 
     dist.init_process_group("gloo")
     try:
-        return function(rank, world, *arguments)
+        result = function(rank, world, *arguments)
+        # Rank 0 holds the store by which groups meet: were it gone first, a group of others that is slower could not.
+        dist.barrier()
+        return result
     finally:
         dist.destroy_process_group()
