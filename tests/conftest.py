@@ -8,11 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from pipeline.data.writer import write_shards
-
 os.environ.setdefault("WANDB_MODE", "offline")
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported: kernels run on the CPU, step by step
+
+from pipeline.data.writer import write_shards
 
 
 def noise_image(seed: int, width: int, height: int, kind: str = "PNG", mode: str = "RGB") -> bytes:

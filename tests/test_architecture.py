@@ -37,6 +37,7 @@ READERS_OF_CONFIG = ("cli/", "run/", "launch/plan", "doctor")
 APART = {"norm", "models"}  # they import no other room, nor each other
 
 MODULES = sorted(PACKAGE.rglob("*.py"))
+DOTTED = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in MODULES}
 
 
 def place(path: Path) -> str:
@@ -67,9 +68,8 @@ def imports(path: Path) -> list[tuple[str, bool]]:
             found += [(alias.name, id(node) in typing_only) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            names = (
-                [f"{node.module}.{a.name}" for a in node.names] if node.module == "pipeline" else [node.module or ""]
-            )
+            module = node.module or ""
+            names = [f"{module}.{a.name}" if f"{module}.{a.name}" in DOTTED else module for a in node.names]
             found += [(name, id(node) in typing_only) for name in names]
     return found
 

@@ -114,9 +114,12 @@ class _InLine(SyncBatchNorm):
 
     @staticmethod
     def begin_level(
-        layers: Sequence[SyncBatchNorm], xs: Sequence[Tensor], followers: Sequence[nn.Conv2d] = ()
+        layers: Sequence[SyncBatchNorm],
+        xs: Sequence[Tensor],
+        followers: Sequence[nn.Conv2d] = (),
+        activation: str | None = None,
     ) -> Level:
-        level = SyncBatchNorm.begin_level(layers, xs)
+        level = SyncBatchNorm.begin_level(layers, xs, (), activation)
         ys = level.finish()
         level.finish = lambda: ys  # type: ignore[method-assign]
         return level

@@ -67,8 +67,9 @@ def plainly(conv: nn.Module, x: Tensor) -> Tensor:
 class Level:
     """Units that do not depend on one another, from their convolutions' outputs on.
 
-    Norms that know levels begin theirs here, and what is computed until `finish` runs beside their exchange.
-    followers: convolutions that the outputs go into; run by `convolve`, they may leave half of their backward to it.
+    Norms that know levels begin theirs here, and what is computed until `finish` runs beside their exchange; they
+    apply a ReLU, too. followers: convolutions that the outputs go into; run by `convolve`, they may leave half of
+    their backward to it.
     """
 
     def __init__(self, units: Sequence[Unit], convolved: Sequence[Tensor], followers: Sequence[nn.Module] = ()):
@@ -76,7 +77,9 @@ class Level:
         norms = [unit.norm for unit in units]
         begin = getattr(type(norms[0]), "begin_level", None) if norms[0].training else None
         plain_convs = [conv for conv in followers if type(conv) is nn.Conv2d]
-        self._begun: Begun | None = begin(norms, convolved, plain_convs) if begin else None
+        self._rectified = all(unit.activation is torch.relu for unit in units)
+        activation = "relu" if self._rectified else None
+        self._begun: Begun | None = begin(norms, convolved, plain_convs, activation) if begin else None
         self.convolve: Convolve = self._begun.convolve if self._begun else plainly
 
     def finish(self) -> list[Tensor]:
@@ -85,6 +88,8 @@ class Level:
             normalized = [unit.norm(x) for unit, x in zip(self.units, self.convolved, strict=True)]
         else:
             normalized = self._begun.finish()
+            if self._rectified:
+                return normalized
         return [unit.activation(x) for unit, x in zip(self.units, normalized, strict=True)]
 
 

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipeline.norm.moments import Moments, from_sums, merge_packets, pack, pack_sums
+from pipeline.norm.moments import packet_of, sums_of
 
 GroupSize = int | str  # a number of ranks, or "node"
 
@@ -30,36 +30,48 @@ GATHER_LIMIT = 32
 
 @dataclass(frozen=True)
 class StatisticsGroup:
-    """The ranks whose images are normalized together; size 1 exchanges nothing. first: its lowest rank."""
+    """The ranks whose images are normalized together; size 1 exchanges nothing.
+
+    process_group: absent in a trace, which knows the group by its name. first: its lowest rank.
+    """
 
     size: int
-    process_group: dist.ProcessGroup | None
+    process_group: dist.ProcessGroup | None = None
     first: int = 0
+    name: str = ""
 
-    def begin_merge(self, level: Sequence[Moments]) -> Callable[[], list[Moments]]:
-        """Start to merge the moments of each layer over the group; what is returned waits for them. One exchange."""
+    def begin_merge(self, packets: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
+        """Start to exchange each layer's packet; what is returned waits. One exchange.
+
+        Of each layer the packets of all ranks, in their order (R, P), to be merged; in a large group one
+        row, that of the union (1, P).
+        """
         if self.size == 1:
-            return lambda: list(level)
-        gathers = self.size <= GATHER_LIMIT
-        packets = [pack(moments) if gathers else pack_sums(moments) for moments in level]
-        sizes = [packet.numel() for packet in packets]
-        if gathers:
-            rows = self._begin_gather(torch.cat(packets))
-            return lambda: [merge_packets(each) for each in torch.split(rows(), sizes, dim=1)]
-        sums = self._begin_reduce(torch.cat(packets))
-        return lambda: [from_sums(each) for each in torch.split(sums(), sizes)]
+            return lambda: [packet_P[None] for packet_P in packets]
+        sizes = [packet_P.numel() for packet_P in packets]
+        if self.size <= GATHER_LIMIT:
+            rows = self._begin_gather(torch.cat(list(packets)))
+            return lambda: list(torch.split(rows(), sizes, dim=1))
+        sums = self._begin_reduce(torch.cat([sums_of(packet_P) for packet_P in packets]))
+        return lambda: [packet_of(each)[None] for each in torch.split(sums(), sizes)]
 
     def begin_sum(self, packet_P: Tensor) -> Callable[[], Tensor]:
-        """Start to sum every rank's packet; what is returned waits for the sum, identical on each. One exchange."""
+        """Start to exchange what is to be added up; what is returned waits. One exchange.
+
+        Every rank's packet, in the order of ranks (R, P); in a large group their sum (1, P).
+        """
         if self.size == 1:
-            return lambda: packet_P
+            return lambda: packet_P[None]
         if self.size <= GATHER_LIMIT:
-            rows = self._begin_gather(packet_P)
-            return lambda: rows().sum(0)
-        return self._begin_reduce(packet_P)
+            return self._begin_gather(packet_P)
+        total = self._begin_reduce(packet_P)
+        return lambda: total()[None]
 
     def _begin_gather(self, packet_P: Tensor) -> Callable[[], Tensor]:
         """Every rank's packet, in the order of ranks (R, P)."""
+        if torch.compiler.is_compiling():
+            begun = torch.ops._c10d_functional.all_gather_into_tensor(packet_P, self.size, self.name)
+            return lambda: torch.ops._c10d_functional.wait_tensor(begun).view(self.size, -1)
         rows_RP = packet_P.new_empty(self.size, packet_P.numel())
         if packet_P.is_cuda:
             work = dist.all_gather_into_tensor(
@@ -77,6 +89,9 @@ class StatisticsGroup:
         return partial(_arrived, rows_RP, works, packet_P)
 
     def _begin_reduce(self, packet_P: Tensor) -> Callable[[], Tensor]:
+        if torch.compiler.is_compiling():
+            begun = torch.ops._c10d_functional.all_reduce(packet_P, "sum", self.name)
+            return lambda: torch.ops._c10d_functional.wait_tensor(begun)
         sum_P = packet_P.clone()
         return partial(_arrived, sum_P, [dist.all_reduce(sum_P, group=self.process_group, async_op=True)], packet_P)
 
@@ -89,7 +104,7 @@ def _arrived(result: Tensor, works: Sequence[dist.Work | None], sent: Tensor) ->
     return result
 
 
-_ALONE = StatisticsGroup(size=1, process_group=None)
+_ALONE = StatisticsGroup(size=1)
 _groups: dict[tuple[dist.ProcessGroup, GroupSize], StatisticsGroup] = {}
 
 
@@ -99,6 +114,13 @@ def statistics_group(group_size: GroupSize) -> StatisticsGroup:
     The first call for a size is collective: every rank of the world must make it.
     Raises ValueError if the size does not divide the world.
     """
+    if torch.compiler.is_compiling():
+        size, name = _traced(group_size)
+        return StatisticsGroup(size, name=name)
+    return _group(group_size)
+
+
+def _group(group_size: GroupSize) -> StatisticsGroup:
     if group_size == 1 or not dist.is_available() or not dist.is_initialized():
         return _ALONE
     assert dist.group.WORLD is not None
@@ -106,6 +128,13 @@ def statistics_group(group_size: GroupSize) -> StatisticsGroup:
     if key not in _groups:
         _groups[key] = _create(group_size)
     return _groups[key]
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _traced(group_size: GroupSize) -> tuple[int, str]:
+    """Size and name of the group. It runs while a trace is made, outside of it."""
+    group = _group(group_size)
+    return group.size, group.name
 
 
 def _create(group_size: GroupSize) -> StatisticsGroup:
@@ -124,7 +153,7 @@ def _create(group_size: GroupSize) -> StatisticsGroup:
         ranks = list(range(first, first + size))
         created = dist.new_group(ranks, timeout=_timeout_of_world(), pg_options=_urgent())
         if rank in ranks and isinstance(created, dist.ProcessGroup):
-            mine = StatisticsGroup(size, created, first)
+            mine = StatisticsGroup(size, created, first, created.group_name)
     return mine
 
 

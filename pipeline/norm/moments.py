@@ -77,22 +77,22 @@ def merge(*sets: Moments) -> Moments:
     return merge_packets(torch.stack([pack(each) for each in sets]))
 
 
-def pack_sums(moments: Moments) -> Tensor:
-    """Power sums [n, n mean, M2 + n mean^2] (P,): add them up over ranks, then `from_sums`.
+def sums_of(packet_P: Tensor) -> Tensor:
+    """A packet as power sums [n, n mean, M2 + n mean^2] (P,): to be added up over ranks, then `packet_of` them.
 
     Float64 leaves about 1e-16 (mean / std)^2 of relative error in the variance, so values in float32
     lose nothing; `merge_packets` is the exact form.
     """
-    first_C = moments.count * moments.mean_C
-    return torch.cat([moments.count.reshape(1), first_C, moments.m2_C + first_C * moments.mean_C])
+    count_1, mean_C, m2_C = _columns(packet_P)
+    first_C = count_1 * mean_C
+    return torch.cat([count_1, first_C, m2_C + first_C * mean_C])
 
 
-def from_sums(sums_P: Tensor) -> Moments:
-    """Moments of the union from the SUM of every rank's `pack_sums`."""
+def packet_of(sums_P: Tensor) -> Tensor:
+    """The packet of the union from the sum of every rank's `sums_of`."""
     count_1, first_C, second_C = _columns(sums_P)
-    count = count_1.squeeze(0)
-    mean_C = first_C / count.clamp(min=1)
-    return Moments(count, mean_C, (second_C - first_C * mean_C).clamp(min=0))
+    mean_C = first_C / count_1.clamp(min=1)
+    return torch.cat([count_1, mean_C, (second_C - first_C * mean_C).clamp(min=0)])
 
 
 def _columns(packets: Tensor) -> tuple[Tensor, Tensor, Tensor]:

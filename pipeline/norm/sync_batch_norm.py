@@ -3,20 +3,22 @@
 Forward, over the m values of a channel in the whole group:  y = gamma (x - mu) / sqrt(s2 + eps) + beta.
 Backward:  dx = gamma / sqrt(s2 + eps) (dy - mean(dy) - xhat mean(dy xhat)), both means over the group;
 dgamma and dbeta stay local, since DDP averages them with all other gradients (Ioffe & Szegedy 2015).
-One exchange a level of layers and direction, in float64; no value is read on the host.   Legend: N images, C channels.
+One exchange a level of layers and direction, in float64; no value is read on the host.
+Legend: N images, C channels, R ranks, P numbers of a packet.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pipeline.norm import kernels, normalization
 from pipeline.norm.collectives import GroupSize, StatisticsGroup, statistics_group
 from pipeline.norm.late_gradients import LateGradients
-from pipeline.norm.moments import Moments, batch_moments
+from pipeline.norm.normalization import Running, Statistics
 
 Layer = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
 
@@ -71,15 +73,12 @@ class SyncBatchNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         self._check(x)
-        return Level([self], [x], (), together=True).finish()[0] if self._is_on_batch else self._evaluated(x)
+        return Level([self], [x], (), None, together=True).finish()[0] if self._is_on_batch else self._evaluated(x)
 
     def _evaluated(self, x: Tensor) -> Tensor:
         y = nn.functional.batch_norm(
             x, self.running_mean, self.running_var, self.weight, self.bias, training=False, eps=self.eps
         )
-        return self._activated(y)
-
-    def _activated(self, y: Tensor) -> Tensor:
         return torch.relu(y) if self.activation == "relu" else y
 
     @staticmethod
@@ -92,20 +91,24 @@ class SyncBatchNorm(nn.Module):
 
     @staticmethod
     def begin_level(
-        layers: Sequence[SyncBatchNorm], xs: Sequence[Tensor], followers: Sequence[nn.Conv2d] = ()
+        layers: Sequence[SyncBatchNorm],
+        xs: Sequence[Tensor],
+        followers: Sequence[nn.Conv2d] = (),
+        activation: str | None = None,
     ) -> Level:
         """Start what forward_level does; Level.finish waits for the exchange and normalizes.
 
         followers: convolutions of what comes out, if nothing that normalizes lies between. Called through
         Level.convolve they leave their weights' gradients to the level, which computes them in the backward
         while its own exchange is under way.
+        activation: None or "relu", applied to what comes out of every layer, whether it has one of its own or not.
         """
         first = layers[0]
         together = all(layer._is_on_batch and layer.group_size == first.group_size
                        and layer.training == first.training for layer in layers)  # fmt: skip
         for layer, x in zip(layers, xs, strict=True):
             layer._check(x)
-        return Level(layers, xs, followers if together else (), together=together)
+        return Level(layers, xs, followers if together else (), activation, together=together)
 
     @property
     def _is_on_batch(self) -> bool:
@@ -119,19 +122,11 @@ class SyncBatchNorm(nn.Module):
                 f"it must be (N, {self.num_features}, *)"
             )
 
-    def _track(self, moments: Moments) -> None:
-        """Running statistics: the variance with n - 1 over the whole group, as nn.BatchNorm2d keeps it."""
+    @property
+    def _running(self) -> Running | None:
         if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
-            return
-        is_batch = moments.count > 0  # one without any image is none
-        self.num_batches_tracked.add_(is_batch.long())
-        seen = self.num_batches_tracked.clamp(min=1).double()
-        weight = (1.0 / seen if self.momentum is None else self.momentum) * is_batch.double()
-        for running_C, batch_C in (
-            (self.running_mean, moments.mean_C),
-            (self.running_var, moments.unbiased_variance_C()),
-        ):
-            running_C.copy_(running_C + weight * (batch_C - running_C))
+            return None
+        return Running(self.running_mean, self.running_var, self.num_batches_tracked, self.momentum)
 
     def extra_repr(self) -> str:
         return f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, group_size={self.group_size}" + (
@@ -150,122 +145,119 @@ class Level:
         layers: Sequence[SyncBatchNorm],
         xs: Sequence[Tensor],
         followers: Sequence[nn.Conv2d],
+        activation: str | None,
         *,
         together: bool,
     ):
-        self.layers, self.xs, self.together = layers, xs, together
+        self.layers, self.xs, self.together, self.activation = layers, xs, together, activation
         if not together:
             self.late = LateGradients(())
             return
         first = layers[0]
         self.group = statistics_group(first.group_size if first.training else 1)
-        hides = self.group.size > 1 and torch.is_grad_enabled()
+        # A compiler orders a traced graph itself, and cannot follow what is put off from one node to another.
+        hides = self.group.size > 1 and torch.is_grad_enabled() and not torch.compiler.is_compiling()
         self.late = LateGradients(conv for conv in followers if hides and conv.bias is None)
         with torch.no_grad():
-            self._merged = self.group.begin_merge([batch_moments(x) for x in xs])
+            self._rows = self.group.begin_merge([_arithmetic(x).packet(x) for x in xs])
 
     def finish(self) -> list[Tensor]:
         """What comes out of each layer."""
         if not self.together:
-            return [layer(x) for layer, x in zip(self.layers, self.xs, strict=True)]
+            ys = [layer(x) for layer, x in zip(self.layers, self.xs, strict=True)]
+            return [torch.relu(y) for y in ys] if self.activation == "relu" else ys
         with torch.no_grad():
-            level = self._merged()
             # Gradient checkpointing runs a forward pass again inside the backward: the same batch, not another one.
-            if self.layers[0].training and torch._C._current_graph_task_id() == -1:
-                for layer, moments in zip(self.layers, level, strict=True):
-                    layer._track(moments)
-        tensors = [t for layer, x in zip(self.layers, self.xs, strict=True) for t in (x, layer.weight, layer.bias)]
-        epsilons = [layer.eps for layer in self.layers]
-        ys = _Normalize.apply(level, epsilons, self.group, self.late, *tensors, *self.late.weights)
-        return [layer._activated(y) for layer, y in zip(self.layers, ys, strict=True)]
+            tracks = self.layers[0].training and not _is_in_backward()
+            tensors: list[Tensor | None] = []
+            for layer, x, rows_RP in zip(self.layers, self.xs, self._rows(), strict=True):
+                kind = torch.float64 if x.dtype == torch.float64 else torch.float32
+                running = layer._running if tracks else None
+                known = _arithmetic(x).statistics(rows_RP, layer.weight, layer.eps, kind, running)
+                tensors += [x, layer.weight, layer.bias, *known]
+        activations = [layer.activation or self.activation for layer in self.layers]
+        weights = self.late.weights
+        late = self.late if weights else None
+        return list(_Normalize.apply(activations, self.group, late, *tensors, *weights))
 
     def convolve(self, conv: nn.Module, x: Tensor) -> Tensor:
         """conv(x); a follower's weight gets its gradient from this level."""
         return self.late.convolve(conv, x)
 
 
-class _Normalize(torch.autograd.Function):
-    """Normalization of a level with given moments of the group, differentiated through those moments.
+def _is_in_backward() -> bool:
+    """A trace has no forward pass that runs again: its compiler repeats operations, not this code."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
-    Its tensors are x, weight and bias of each layer in turn, then the weights of late gradients.
+
+def _arithmetic(x: Tensor) -> Any:
+    """The kernels where they serve; plain operations elsewhere, and in a trace, whose compiler fuses them itself."""
+    return kernels if not torch.compiler.is_compiling() and kernels.serves(x) else normalization
+
+
+_OF_A_LAYER = 3 + len(Statistics._fields)  # x, weight and bias, and what it normalizes with
+
+
+class _Normalize(torch.autograd.Function):
+    """Normalization of a level with given statistics of the group, differentiated through those statistics.
+
+    Its tensors are those of each layer in turn, then the weights of late gradients.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
-        level: list[Moments],
-        epsilons: list[float],
+        activations: list[str | None],
         group: StatisticsGroup,
-        late: LateGradients,
-        *tensors: Tensor | None,
+        late: LateGradients | None,
+        *tensors: Any,
     ) -> tuple[Tensor, ...]:
-        ys, saved = [], []
-        tensors = tensors[: 3 * len(level)]
-        for moments, eps, x, weight_C, bias_C in zip(
-            level, epsilons, tensors[::3], tensors[1::3], tensors[2::3], strict=True
-        ):
-            assert x is not None
-            arithmetic = torch.float64 if x.dtype == torch.float64 else torch.float32
-            view = [1, -1] + [1] * (x.dim() - 2)
-            mean_C = moments.mean_C.to(arithmetic)
-            invstd_C = (moments.variance_C() + eps).rsqrt()
-            scale_C = (invstd_C if weight_C is None else invstd_C * weight_C).to(arithmetic)
-            y = (x - mean_C.view(view)).mul_(scale_C.view(view))
-            if bias_C is not None:
-                y.add_(bias_C.view(view))
-            ys.append(y.to(x.dtype))
-            saved += [x, weight_C, mean_C, invstd_C, moments.count]
+        ys: list[Tensor] = []
+        saved: list[Tensor | None] = []
+        for i, activation in enumerate(activations):
+            x, weight_C, bias_C, *known = tensors[_OF_A_LAYER * i : _OF_A_LAYER * (i + 1)]
+            arithmetic = _arithmetic(x)
+            y = arithmetic.normalized(x, Statistics(*known), bias_C, activation)
+            # The kernels compute the mask of a ReLU again; plain operations read it off y, which the next layer keeps.
+            saved += [x, weight_C, bias_C, *known, y if activation and arithmetic is normalization else None]
+            ys.append(y)
         ctx.save_for_backward(*saved)
-        ctx.group, ctx.late = group, late
+        ctx.activations, ctx.group, ctx.late = activations, group, late
         return tuple(ys)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
-        parts = [_Part(dy, *saved[5 * i : 5 * i + 5]) for i, dy in enumerate(dys)]
+        layers = _in_turn(ctx.saved_tensors, _OF_A_LAYER + 1)
+        shares = [_backward(dy, layer, how) for dy, layer, how in zip(dys, layers, ctx.activations, strict=True)]
         # Every rank takes part in the exchange even if its own dx is not asked for: another rank's may be.
-        arrived = ctx.group.begin_sum(torch.cat([part.sums_2C for part in parts]))
-        late = ctx.late.gradients()
-        totals = torch.split(arrived(), [part.sums_2C.numel() for part in parts])
+        arrived = ctx.group.begin_sum(torch.cat([share.sums_2C for share in shares]))
+        late = ctx.late.gradients() if ctx.late else ()
+        totals = torch.split(arrived(), [share.sums_2C.numel() for share in shares], dim=1)
         gradients: list[Tensor | None] = []
-        wanted = _by_three(ctx.needs_input_grad[4 : 4 + 3 * len(parts)])
-        for part, total_2C, (x, weight, bias) in zip(parts, totals, wanted, strict=True):
-            sum_dy_C, sum_dy_xhat_C = part.sums_2C.chunk(2)
-            dtype = part.x.dtype if part.weight_C is None else part.weight_C.dtype
+        wanted = _in_turn(ctx.needs_input_grad[3 : 3 + _OF_A_LAYER * len(shares)], _OF_A_LAYER)
+        for share, totals_RP, layer, wants in zip(shares, totals, layers, wanted, strict=True):
+            sum_dy_C, sum_dy_xhat_C = share.sums_2C.chunk(2)
+            dtype = share.x.dtype if layer[1] is None else layer[1].dtype
             gradients += [
-                part.dx(total_2C) if x else None,
-                sum_dy_xhat_C.to(dtype) if weight else None,
-                sum_dy_C.to(dtype) if bias else None,
+                share.dx(totals_RP) if wants[0] else None,
+                sum_dy_xhat_C.to(dtype) if wants[1] else None,
+                sum_dy_C.to(dtype) if wants[2] else None,
+                *(None for _ in Statistics._fields),
             ]
-        return None, None, None, None, *gradients, *late
+        return None, None, None, *gradients, *late
 
 
-class _Part:
-    """One layer's share of a level's backward: its sums over this rank, and dx when those over the group are known."""
-
-    def __init__(self, dy: Tensor, x: Tensor, weight_C: Tensor | None, mean_C: Tensor, invstd_C: Tensor, count: Tensor):
-        self.x, self.weight_C, self.invstd_C, self.count = x, weight_C, invstd_C, count
-        self.arithmetic, self.view = mean_C.dtype, [1, -1] + [1] * (x.dim() - 2)
-        reduced = [d for d in range(x.dim()) if d != 1]
-        self.dy = dy.to(self.arithmetic)
-        self.deviation = x - mean_C.view(self.view)
-        sum_dy_C = self.dy.sum(reduced).double()
-        sum_dy_xhat_C = (self.dy * self.deviation).sum(reduced).double() * invstd_C
-        self.sums_2C = torch.cat([sum_dy_C, sum_dy_xhat_C])
-
-    def dx(self, total_2C: Tensor) -> Tensor:
-        """Dx = scale dy - (scale mean(dy xhat) invstd) deviation - scale mean(dy); to be asked for once."""
-        mean_dy_C, mean_dy_xhat_C = (total_2C / self.count.clamp(min=1)).chunk(2)
-        scale_C = self.invstd_C if self.weight_C is None else self.invstd_C * self.weight_C
-        dx = self.deviation.mul_((-scale_C * mean_dy_xhat_C * self.invstd_C).to(self.arithmetic).view(self.view))
-        dx.add_((-scale_C * mean_dy_C).to(self.arithmetic).view(self.view))
-        dx.addcmul_(self.dy, scale_C.to(self.arithmetic).view(self.view))
-        return dx.to(self.x.dtype)
+def _backward(dy: Tensor, layer: Sequence[Tensor], activation: str | None) -> Any:
+    """A layer's share of the backward, of what was saved of it."""
+    x, weight_C, bias_C, *known, y = layer
+    if _arithmetic(x) is kernels:
+        return kernels.Backward(dy, x, Statistics(*known), bias_C, activation)
+    return normalization.Backward(dy, x, y, Statistics(*known), weight_C)
 
 
-def _by_three(flags: Sequence[bool]) -> Iterator[tuple[bool, bool, bool]]:
-    return zip(flags[::3], flags[1::3], flags[2::3], strict=True)
+def _in_turn(flat: Sequence[Any], each: int) -> list[Sequence[Any]]:
+    return [flat[i : i + each] for i in range(0, len(flat), each)]
 
 
 def convert(module: nn.Module, *, group_size: GroupSize = 0) -> nn.Module:

@@ -114,9 +114,9 @@ def test_the_network_is_33_levels_whose_exchanges_run_beside_other_branches():
 
     class LevelNorm(SyncBatchNorm):
         @staticmethod
-        def begin_level(layers, xs, followers=()):
+        def begin_level(layers, xs, followers=(), activation=None):
             levels.append([layer.num_features for layer in layers])
-            return SyncBatchNorm.begin_level(layers, xs, followers)
+            return SyncBatchNorm.begin_level(layers, xs, followers, activation)
 
     class LonelyNorm(SyncBatchNorm):
         begin_level = None

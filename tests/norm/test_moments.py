@@ -1,6 +1,6 @@
 import torch
 
-from pipeline.norm.moments import Moments, batch_moments, from_sums, merge, merge_packets, pack, pack_sums
+from pipeline.norm.moments import Moments, batch_moments, merge, merge_packets, pack, packet_of, sums_of
 
 
 def images(*shape: int, offset: float = 0.0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -51,8 +51,8 @@ def test_the_difference_form_that_we_avoid_is_off_by_ten_percent_at_mean_1e3():
 def test_sums_of_packets_give_the_moments_of_the_union():
     x_NCHW = images(7, 4, 3, 3, offset=10.0)
     parts = [batch_moments(x_NCHW[:2]), batch_moments(x_NCHW[2:2]), batch_moments(x_NCHW[2:])]
-    summed = from_sums(torch.stack([pack_sums(part) for part in parts]).sum(0))
-    assert_same(summed, batch_moments(x_NCHW), rtol=1e-11)
+    summed = packet_of(torch.stack([sums_of(pack(part)) for part in parts]).sum(0))
+    assert_same(merge_packets(summed[None]), batch_moments(x_NCHW), rtol=1e-11)
     assert_same(merge_packets(torch.stack([pack(part) for part in parts])), batch_moments(x_NCHW), rtol=1e-12)
 
 
