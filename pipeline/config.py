@@ -67,6 +67,7 @@ class NormConfig:
     momentum: float = 0.1  # weight of the new batch (torch's sense); torchvision's networks keep their own, and eps
     eps: float = 1e-3
     precise_images: int = 8192  # training images for population statistics before a validation; 0 = running average
+    precise_form: str = "batches"  # mean of their variances (Algorithm 2), or aggregate: one variance of all values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -319,6 +320,7 @@ def checked(config: Config) -> Config:
     c = config
     _choice("model.stem", c.model.stem, ("separable", "dense", "small"))
     _choice("model.activation", c.model.activation, ("relu", "sigmoid"))
+    _choice("norm.precise_form", c.norm.precise_form, ("batches", "aggregate"))
     _choice("augment.photometric", c.augment.photometric, ("full", "reduced", "none"))
     _choice("trainer.precision", c.trainer.precision, ("32", "bf16", "64"))
     _choice("data.decoder", c.data.decoder, ("", "regions", "whole"))

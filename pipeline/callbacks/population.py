@@ -8,18 +8,20 @@ import lightning
 
 from pipeline.data.batch import Batch
 from pipeline.data.loader import TrainLoader
-from pipeline.norm.population import estimate, merge_groups
+from pipeline.norm.population import BATCHES, estimate, merge_groups
 from pipeline.training.classifier import Classifier
 
 
 class Population(lightning.Callback):
     """images: training images in the estimate; 0 validates with running averages, merged over groups of ranks.
 
-    on_batch: called before each batch of the estimate.
+    form: of the estimate, batches or aggregate. on_batch: called before each batch of it.
     """
 
-    def __init__(self, loader: TrainLoader, images: int, on_batch: Callable[[], object] = lambda: None):
-        self.loader, self.images, self.on_batch = loader, images, on_batch
+    def __init__(
+        self, loader: TrainLoader, images: int, *, form: str = BATCHES, on_batch: Callable[[], object] = lambda: None
+    ):
+        self.loader, self.images, self.form, self.on_batch = loader, images, form, on_batch
 
     def on_validation_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         assert isinstance(pl_module, Classifier)
@@ -28,7 +30,7 @@ class Population(lightning.Callback):
             return
         batches = (self._moved(trainer, batch) for batch in self.loader.population_batches(self.images))
         with trainer.precision_plugin.forward_context():
-            estimate(pl_module.model, batches, forward=pl_module)
+            estimate(pl_module.model, batches, forward=pl_module, form=self.form)
 
     def _moved(self, trainer: lightning.Trainer, batch: Batch) -> Batch:
         self.on_batch()

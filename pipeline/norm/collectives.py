@@ -179,6 +179,6 @@ def average_over_world(values: Tensor) -> Tensor:
     """Mean of a tensor over every rank of the world; itself without a process group."""
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
         return values
-    total = values.to(torch.float64)
+    total = values.to(torch.float64, copy=True)
     dist.all_reduce(total)
     return (total / dist.get_world_size()).to(values.dtype)

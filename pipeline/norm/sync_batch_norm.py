@@ -9,7 +9,7 @@ Legend: N images, C channels, R ranks, P numbers of a packet.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from pipeline.norm.collectives import GroupSize, StatisticsGroup, statistics_gro
 from pipeline.norm.late_gradients import LateGradients
 from pipeline.norm.normalization import Running, Statistics
 
+Observer = Callable[[Tensor], None]
 Layer = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
 
 
@@ -57,6 +58,7 @@ class SyncBatchNorm(nn.Module):
         self.affine, self.track_running_stats = affine, track_running_stats
         self.group_size, self.activation = group_size, activation
         self.reverts_to: type[nn.modules.batchnorm._BatchNorm] = nn.BatchNorm2d
+        self._observers: list[Observer] = []
         self.register_parameter("weight", nn.Parameter(torch.ones(num_features)) if affine else None)
         self.register_parameter("bias", nn.Parameter(torch.zeros(num_features)) if affine else None)
         tracked = track_running_stats
@@ -80,6 +82,14 @@ class SyncBatchNorm(nn.Module):
             x, self.running_mean, self.running_var, self.weight, self.bias, training=False, eps=self.eps
         )
         return torch.relu(y) if self.activation == "relu" else y
+
+    def observe(self, observer: Observer) -> Callable[[], None]:
+        """Call observer(rows_RP) with each training batch's packets of the ranks (moments.py); returns what ends that.
+
+        In a large group there is one row, of the union. Nothing is computed or exchanged for it.
+        """
+        self._observers.append(observer)
+        return lambda: self._observers.remove(observer)
 
     @staticmethod
     def forward_level(layers: Sequence[SyncBatchNorm], xs: Sequence[Tensor]) -> list[Tensor]:
@@ -173,6 +183,8 @@ class Level:
             for layer, x, rows_RP in zip(self.layers, self.xs, self._rows(), strict=True):
                 kind = torch.float64 if x.dtype == torch.float64 else torch.float32
                 running = layer._running if tracks else None
+                for observer in layer._observers if tracks else ():
+                    observer(rows_RP)
                 known = _arithmetic(x).statistics(rows_RP, layer.weight, layer.eps, kind, running)
                 tensors += [x, layer.weight, layer.bias, *known]
         activations = [layer.activation or self.activation for layer in self.layers]

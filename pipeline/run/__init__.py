@@ -96,7 +96,7 @@ def evaluate(config: Config, world: World, console: Console, *, checkpoint: Path
     """Scores of a checkpoint on the validation images, each counted once, with population statistics."""
     run = assemble(config, world)
     state = load_weights(run.classifier, checkpoint)
-    population = Population(run.data.train_loader, config.norm.precise_images)
+    population = Population(run.data.train_loader, config.norm.precise_images, form=config.norm.precise_form)
     bad_samples = BadSamples(
         config.directory / "bad-samples", run.data, budget=config.data.bad_samples, rank=world.rank, console=console
     )

@@ -54,7 +54,10 @@ def build_watch(run: Assembly, reporters: Sequence[Reporter], console: Console) 
 
     run.checkpoints.before = before_a_save
     population = Population(
-        run.data.train_loader, config.norm.precise_images, on_batch=partial(watchdog.pulse.move, "statistics")
+        run.data.train_loader,
+        config.norm.precise_images,
+        form=config.norm.precise_form,
+        on_batch=partial(watchdog.pulse.move, "statistics"),
     )
     bad_samples = BadSamples(
         config.directory / "bad-samples", run.data, budget=config.data.bad_samples, rank=world.rank, console=console

@@ -1,5 +1,7 @@
+import pytest
 import torch
 from torch import nn
+from torch.optim import swa_utils
 
 from pipeline.norm import SyncBatchNorm
 from pipeline.norm.population import estimate, merge_groups
@@ -38,9 +40,48 @@ def test_no_batch_leaves_the_statistics_as_they_were():
     assert (layer.running_mean == 7).all()
 
 
-def rank_with_own_statistics(rank, world, group_size):
+@pytest.mark.parametrize("layer", [SyncBatchNorm(3), nn.BatchNorm2d(3)])
+def test_an_aggregate_has_the_moments_of_all_values(layer):
+    layer.double()
+    for offset in (0.0, 1e6):
+        batches = [batch + offset for batch in images(4, 5)]
+        assert estimate(layer, batches, form="aggregate") == 4
+        values = torch.cat(batches)
+        torch.testing.assert_close(layer.running_mean, values.mean((0, 2, 3)), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(layer.running_var, values.var((0, 2, 3), correction=0), rtol=1e-9, atol=0)
+    before = layer.running_mean.clone()
+    layer.eval()(images(1, 5)[0])
+    layer.train()(images(1, 5)[0])  # seen no longer
+    assert not torch.equal(layer.running_mean, before)
+
+
+def test_an_estimate_ends_after_so_many_images():
+    layer = SyncBatchNorm(3).double()
+    assert estimate(layer, images(4, 5), images=6) == 2
+    assert estimate(layer, [(batch, "label") for batch in images(4, 5)], lambda b: layer(b[0]), images=15) == 3
+    with pytest.raises(ValueError, match=r"form = 'mean' is not offered; choose one of \['batches', 'aggregate'\]"):
+        estimate(layer, images(1, 5), form="mean")
+
+
+def test_averaged_weights_have_statistics_of_their_own():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), SyncBatchNorm(4)).double()
+    averaged = swa_utils.AveragedModel(network, multi_avg_fn=swa_utils.get_ema_multi_avg_fn(0.5))
+    with torch.no_grad():
+        network[0].weight.mul_(3)
+    averaged.update_parameters(network)  # the first update copies
+    with torch.no_grad():
+        network[0].weight.mul_(3)
+    averaged.update_parameters(network)
+    estimate(averaged, images(2, 5))
+    outputs = [averaged.module[0](batch) for batch in images(2, 5)]
+    expected = torch.stack([y.mean((0, 2, 3)) for y in outputs]).mean(0)
+    torch.testing.assert_close(averaged.module[1].running_mean, expected.detach())
+
+
+def rank_with_own_statistics(rank, world, group_size, form="batches"):
     layer = SyncBatchNorm(3, group_size=group_size).double()
-    estimate(layer, [batch[rank::world] for batch in images(3, 6)])
+    estimate(layer, [batch[rank::world] for batch in images(3, 6)], form=form)
     return layer.running_mean.numpy(), layer.running_var.numpy()
 
 
@@ -51,6 +92,14 @@ def test_groups_end_with_the_merge_of_all():
     parts = [batch[rank::2] for batch in images(3, 6) for rank in range(2)]
     expected = torch.stack([p.var((0, 2, 3), correction=1) for p in parts]).mean(0)
     torch.testing.assert_close(torch.from_numpy(results[0][1]), expected)
+
+
+def test_an_aggregate_over_groups_is_that_of_all_values():
+    for group_size in (0, 1):
+        for mean, variance in run_ranks(2, with_group, rank_with_own_statistics, group_size, "aggregate"):
+            values = torch.cat(images(3, 6))
+            torch.testing.assert_close(torch.from_numpy(mean), values.mean((0, 2, 3)), rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(torch.from_numpy(variance), values.var((0, 2, 3), correction=0))
 
 
 def test_merging_alone_changes_nothing():
