@@ -2,7 +2,8 @@
 
 All forms train the same weights on the same images, step after step in turn, over a process group that is
 there already (torchrun, srun, or namespaces on a slow network) or made of processes of this machine.
-torch's own layer refuses the CPU; its form is emulated in plain operations, collective by collective.
+torch's own layer refuses the CPU; there its form is emulated in plain operations, collective by collective.
+On a GPU a rank does not stand in an exchange, so that the step alone tells what it costs.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline import models
+from pipeline.benchmarks.passes import passes
 from pipeline.norm import SyncBatchNorm, collectives
 from pipeline.norm.sync_batch_norm import Level
 
@@ -31,6 +33,7 @@ LOCAL, TORCH, REDUCED, LAYERS, LEVELS, OVERLAP = FORMS = (
     "local", "torch's form", "layer all-reduce", "layer", "level", "level overlapped",
 )  # fmt: skip
 _CLASSES = 100
+_CPU = torch.device("cpu")
 
 
 @dataclass(slots=True)
@@ -44,9 +47,13 @@ class Traffic:
 
 @dataclass(slots=True)
 class Form:
-    """One way to synchronize, and what its steps were after a first one. gradient: of one step in float64."""
+    """One way to synchronize, and what its steps were after a first one. gradient: of one step in float64.
+
+    passes: how often a layer with its ReLU reads and writes its activation, forward and backward.
+    """
 
     name: str
+    passes: int = 0
     steps: list[float] = field(default_factory=list)  # seconds
     traffic: list[Traffic] = field(default_factory=list)
     gradient: Tensor | None = None
@@ -142,20 +149,26 @@ def compare(
     repeats: int,
     width: float = 1.0,
     only: Sequence[str] = (),
+    device: torch.device = _CPU,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Form]:
-    """Train `repeats` steps of each form after a first one, on `images` of `size` pixels a rank. A collective."""
+    """Train `repeats` steps of each form after a first one, on `images` of `size` pixels a rank. A collective.
+
+    On a GPU in bf16 (mixed), and torch's form is its own layer.
+    """
     torch.manual_seed(0)
-    networks = {name: models.build("bn_inception", num_classes=_CLASSES, norm=_FACTORIES[name], width=width)
+    factories = _FACTORIES | ({TORCH: nn.SyncBatchNorm} if device.type == "cuda" else {})
+    networks = {name: models.build("bn_inception", num_classes=_CLASSES, norm=factories[name], width=width).to(device)
                 for name in only or FORMS}  # fmt: skip
     weights = next(iter(networks.values())).state_dict()
     for network in networks.values():
         network.load_state_dict(weights)
+        network.to(memory_format=torch.channels_last)
     trained = {name: _distributed(network) for name, network in networks.items()}
     generator = torch.Generator().manual_seed(1 + dist.get_rank())
-    x_NCHW = torch.randn(images, 3, size, size, generator=generator)
-    label_N = torch.randint(_CLASSES, (images,), generator=generator)
-    forms = [Form(name) for name in networks]
+    x_NCHW = torch.randn(images, 3, size, size, generator=generator).to(device, memory_format=torch.channels_last)
+    label_N = torch.randint(_CLASSES, (images,), generator=generator).to(device)
+    forms = [Form(name, _passes(name, device)) for name in networks]
     for form in forms:
         form.gradient = _exact_gradient(form, networks[form.name], x_NCHW, label_N)
     for repeat in range(repeats + 1):
@@ -171,19 +184,29 @@ def compare(
 def report(forms: Sequence[Form]) -> Table:
     """Medians and quartiles over steps of this rank; the ratio is of torch's form."""
     title = f"BN-Inception, {dist.get_world_size()} ranks, n = {len(forms[0].steps)}; median (quartiles) of rank 0"
-    table = Table("form", "exchanges", "KB sent", "ms in statistics", "of torch's", "ms a step", "of torch's",
-                  "gradients differ by", title=title, title_justify="left")  # fmt: skip
+    table = Table("form", "passes", "exchanges", "KB sent", "ms an exchange", "ms in statistics", "of torch's",
+                  "ms a step", "of torch's", "gradients differ by", title=title, title_justify="left")  # fmt: skip
     torch_form = next((form for form in forms if form.name == TORCH), None)
     for form in forms:
         traffic = form.traffic[-1]
         waits = [each.seconds for each in form.traffic]
-        row = [form.name, str(traffic.exchanges), f"{traffic.numbers * (4 if form is torch_form else 8) / 1e3:.0f}"]
+        each = f"{statistics.median(waits) / traffic.exchanges * 1e3:.1f}" if traffic.exchanges else ""
+        sent = f"{traffic.numbers * (4 if form is torch_form else 8) / 1e3:.0f}"
+        row = [form.name, str(form.passes), str(traffic.exchanges), sent, each]
         for values, theirs in ((waits, [t.seconds for t in torch_form.traffic] if torch_form else []),
                                (form.steps, torch_form.steps if torch_form else [])):  # fmt: skip
             row.append(_spread(values))
-            row.append(f"{statistics.median(values) / statistics.median(theirs):.3f}" if theirs else "")
+            row.append(f"{statistics.median(values) / statistics.median(theirs):.3f}" if any(theirs) else "")
         table.add_row(*row, _difference(form, torch_form))
     return table
+
+
+def _passes(name: str, device: torch.device) -> int:
+    """Reads and writes; of the kernels and of torch's own CUDA operations what their sources say."""
+    if device.type == "cuda":
+        return 13 if name == TORCH else 8
+    layer = _FACTORIES[name](16)
+    return sum(passes(lambda x: torch.relu(layer(x)), torch.randn(8, 16, 6, 6)))
 
 
 def _distributed(network: nn.Module) -> nn.Module:
@@ -203,13 +226,20 @@ def _step(form: Form, network: nn.Module, x_NCHW: Tensor, label_N: Tensor) -> tu
     """Forward and backward, with the seconds of both."""
     limit, collectives.GATHER_LIMIT = collectives.GATHER_LIMIT, 0 if form.name == REDUCED else collectives.GATHER_LIMIT
     network.zero_grad(set_to_none=True)
+    on_gpu = x_NCHW.is_cuda
     dist.barrier()
+    if on_gpu:
+        torch.cuda.synchronize()
     began = time.perf_counter()
     try:
         with _counted() as traffic:
-            logits_NK = network(x_NCHW).main_NK
-            loss = nn.functional.cross_entropy(logits_NK, label_N)
+            with torch.autocast("cuda", torch.bfloat16, enabled=on_gpu and x_NCHW.dtype == torch.float32):
+                logits_NK = network(x_NCHW).main_NK
+                loss = nn.functional.cross_entropy(logits_NK, label_N)
             loss.backward()  # type: ignore[no-untyped-call]
+        if on_gpu:
+            torch.cuda.synchronize()
+            traffic.seconds = 0.0  # the host's, which does not wait
     finally:
         collectives.GATHER_LIMIT = limit
     return time.perf_counter() - began, traffic
@@ -282,12 +312,17 @@ def _spread(values: Sequence[float]) -> str:
     return f"{middle * 1e3:.0f} ({low * 1e3:.0f}-{high * 1e3:.0f})"
 
 
-def join(processes: int) -> bool:
+def join(processes: int, device: torch.device = _CPU) -> bool:
     """Join the group that a launcher has described; False where there is none and it takes more than this process."""
     if "RANK" not in os.environ:
         if processes > 1:
             return False
         os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    dist.init_process_group("gloo")
+    backend = "gloo"
+    if device.type == "cuda":
+        local, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        torch.cuda.set_device(local % gpus)
+        backend = "nccl" if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) <= gpus else "gloo"  # NCCL wants one each
+    dist.init_process_group(backend)
     return True

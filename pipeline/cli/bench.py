@@ -44,6 +44,7 @@ def add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     p = add_verb(
         verbs, "norm", norm, "what synchronized statistics cost BN-Inception, ours beside torch's form",
         "pipeline bench norm --processes 4 --images 4 --size 128\n"
+        "  pipeline bench norm --device cuda --processes 1 --images 256 --size 224 --layers 256\n"
         "  torchrun --nproc-per-node 4 -m pipeline bench norm    # in a group that is there already",
     )  # fmt: skip
     p.add_argument("--processes", type=count, default=2, metavar="N", help="on this machine (default: 2)")
@@ -51,6 +52,14 @@ def add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     p.add_argument("--size", type=count, default=128, metavar="N", help="pixels a side (default: 128)")
     p.add_argument("--width", type=float, default=1.0, metavar="F", help="of the network (default: 1)")
     p.add_argument("--repeats", type=repeats, default=10, metavar="N", help="steps of each form (default: 10)")
+    p.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
+    p.add_argument(
+        "--layers",
+        type=none_or_more,
+        default=0,
+        metavar="N",
+        help="a second table: each layer's BN + ReLU on N images, ours and torch's (default: 0, none)",
+    )
     p.add_argument("--only", type=lambda names: names.split(","), default=[], metavar="NAME,NAME",
                    help="these forms alone, by the names in the table")  # fmt: skip
 
@@ -143,9 +152,11 @@ def start(options: argparse.Namespace) -> int:
 
 
 def norm(options: argparse.Namespace) -> int:
+    import torch
     import torch.distributed as dist
     from rich.console import Console
 
+    from pipeline.benchmarks import layers
     from pipeline.benchmarks import norm as table
     from pipeline.config import ConfigError
     from pipeline.launch.local import run_processes
@@ -153,16 +164,35 @@ def norm(options: argparse.Namespace) -> int:
     unknown = [name for name in options.only if name not in table.FORMS]
     if unknown:
         raise ConfigError(f"--only {unknown[0]} is no form; choose from {', '.join(table.FORMS)}")
-    if not table.join(options.processes):
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda, but torch finds no CUDA device; use cpu")
+    if options.layers == 1 and options.size <= layers.ONE_PIXEL:
+        raise ConfigError(
+            f"--layers 1 of {options.size} pixels a side leaves one value a channel in the last layers, which torch "
+            "refuses; give 2 or more"
+        )
+    device = torch.device(options.device)
+    if not table.join(options.processes, device):
         with TemporaryDirectory() as logs:
             return run_processes(options.arguments, processes=options.processes, threads=1, logs=Path(logs))
-    with Progress("training", "steps", quiet=dist.get_rank() > 0) as progress:
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    is_leading = dist.get_rank() == 0
+    with Progress("training", "steps", quiet=not is_leading) as progress:
         forms = table.compare(
             images=options.images, size=options.size, repeats=options.repeats, width=options.width, only=options.only,
-            progress=progress,
+            device=device, progress=progress,
         )  # fmt: skip
-    if dist.get_rank() == 0:
-        Console(width=None if sys.stdout.isatty() else 140).print(table.report(forms))
+    if is_leading:
+        console.print(table.report(forms))
+    if is_leading and options.layers:
+        dtype = torch.bfloat16 if options.device == "cuda" else torch.float32
+        with Progress("measuring", "shapes") as progress:
+            found = layers.measure(
+                images=options.layers, size=options.size, dtype=dtype, device=device, repeats=options.repeats,
+                progress=progress,
+            )  # fmt: skip
+        console.print(layers.report(found, images=options.layers, dtype=dtype))
+    dist.barrier()
     dist.destroy_process_group()
     return DONE
 

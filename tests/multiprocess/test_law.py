@@ -133,7 +133,8 @@ def test_torchvision_networks_obey_the_law(shards, tmp_path, name):
 def test_accumulated_losses_equal_a_reference_that_normalizes_each_micro_batch(shards, tmp_path, one_rank):
     accumulated = losses(shards, tmp_path, 2, "data.micro_batch_size=4")  # 24 images = 3 x (2 ranks x 4)
     reference = plain_losses(law_config(shards, tmp_path), pieces=3)
-    torch.testing.assert_close(accumulated, reference, **EXACT)
+    # Eight images at a time: their statistics make more of each rounding, 1.3e-9 on one machine after 20 steps.
+    torch.testing.assert_close(accumulated, reference, rtol=0, atol=1e-8)
     assert (accumulated - one_rank).abs().max() > 1e-4  # and it is not the whole batch's normalization
 
 
