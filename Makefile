@@ -1,6 +1,7 @@
 # Everything from a fresh clone: needs Python >= 3.11 and make, nothing else. `make help` lists the targets.
 PYTHON ?= python3
 VENV   ?= .venv
+JOBS   ?= 2
 BIN     = $(VENV)/bin
 PIP     = $(BIN)/python -m pip --disable-pip-version-check --quiet install
 COMPILE = $(BIN)/uv pip compile pyproject.toml --universal --python-version 3.11 --upgrade --generate-hashes \
@@ -14,8 +15,8 @@ help:            ## list the targets
 demo: $(VENV)/.runtime    ## train BN-Inception on two processes with synchronized statistics, on digits (about 4 minutes)
 	$(BIN)/pipeline train recipe=bn_x5 data=digits cluster.devices=2 run.id=demo-$$(date +%Y%m%d-%H%M%S)
 
-test: $(VENV)/.dev lint    ## lint, types and all quick tests
-	$(BIN)/python -m pytest
+test: $(VENV)/.dev lint    ## lint, types and all quick tests, JOBS of them at a time
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal
 
 lint: $(VENV)/.dev         ## ruff and mypy
 	$(BIN)/ruff check .

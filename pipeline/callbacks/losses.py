@@ -106,7 +106,7 @@ class Losses(lightning.Callback):
 
     def unsound(self) -> bool:
         """Whether a bad step of this rank is known on the host already; does not wait for the device."""
-        return bool(self._host_2[0] >= 0)
+        return bool(self._host_2.numpy()[0] >= 0)
 
     def check(self, trainer: lightning.Trainer) -> None:
         """Before a save. Raises FailedRunError on all ranks if any has a bad loss or weights that are no numbers."""

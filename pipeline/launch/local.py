@@ -59,8 +59,6 @@ def _started(
         "LOCAL_WORLD_SIZE": str(processes), "OMP_NUM_THREADS": str(threads), LAUNCHER: "local",
         PULSES: str(pulses),
     }  # fmt: skip
-    # Torch would warn on every rank that all parameters are used, which is why run/assembly.py looks for unused ones.
-    shared.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     # Python's tracker frees what a killed rank and its workers shared, and would warn that it had to.
     shared["PYTHONWARNINGS"] = ",".join(filter(None, [shared.get("PYTHONWARNINGS"), "ignore:resource_tracker"]))
     ranks: list[subprocess.Popen[bytes]] = []

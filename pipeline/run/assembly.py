@@ -200,10 +200,6 @@ def build_strategy(config: Config, world: World, files: CheckpointFiles) -> Stra
         timeout=timedelta(minutes=config.cluster.timeout_minutes),
         broadcast_buffers=False,  # batch statistics never travel: each rank computes them, groups have their own
         gradient_as_bucket_view=True,
-        # DDP sums its first step in one bucket and lays the buckets out anew for the second, so that the first step
-        # after a resume would add up in another order than the same step of an uninterrupted run: other bits from
-        # three ranks on (tests/multiprocess/test_resume.py). Looking for unused parameters keeps the first layout.
-        find_unused_parameters=config.trainer.deterministic,
     )  # fmt: skip
 
 

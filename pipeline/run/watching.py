@@ -13,6 +13,7 @@ import lightning
 from rich.console import Console
 
 from pipeline.callbacks.bad_samples import BadSamples
+from pipeline.callbacks.gradient_layout import GradientLayout
 from pipeline.callbacks.journal import Journal
 from pipeline.callbacks.ledger import Ledger
 from pipeline.callbacks.losses import Losses
@@ -70,7 +71,8 @@ def build_watch(run: Assembly, reporters: Sequence[Reporter], console: Console) 
         on_interruption=partial(_tell_of_interruption, reporters),
     )
     same_start = SameStart(losses.agreement, timedelta(minutes=config.cluster.timeout_minutes))
-    callbacks: list[lightning.Callback] = [same_start, run.throughput, population, tracking]
+    layout = GradientLayout(config.data.image_size)
+    callbacks: list[lightning.Callback] = [same_start, layout, run.throughput, population, tracking]
     callbacks += [reporter for reporter in reporters if isinstance(reporter, ProgressReport)]
     if config.ledger:
         callbacks.append(Ledger(config.directory / "ledger", rank=world.rank, keys=run.data.keys))

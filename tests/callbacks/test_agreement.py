@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from datetime import timedelta
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch.distributed as dist
@@ -78,47 +79,67 @@ def test_a_single_rank_hears_itself_at_once():
     assert agree.ask([1.0, 2.0]) == [1.0, 2.0]
 
 
-def counted(rank: int, world: int, settings: Config) -> dict[str, int]:
-    """Collectives of ten steps in the middle of an epoch, by the function that was called."""
-    calls: Counter[str] = Counter()
-    names = (
-        "isend",
-        "irecv",
-        "all_reduce",
-        "broadcast",
-        "all_gather",
-        "all_gather_into_tensor",
-        "barrier",
-        "reduce",
-        "broadcast_object_list",
-    )
-    for name in names:
-        original = getattr(dist, name)
+READS = ("aten::item", "aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero")  # of values, by the host
+STEPS = 10
 
-        def watched(*arguments, _name=name, _original=original, **options):
-            calls[_name] += 1
-            return _original(*arguments, **options)
 
-        setattr(dist, name, watched)
-    seen = Preemption.on_train_batch_end
-    marks: dict[int, Counter[str]] = {}
+class Seen(NamedTuple):
+    """What ten steps in the middle of an epoch did, by what torch's profiler saw, in C++ as in Python."""
+
+    collectives: dict[str, int]
+    reads: dict[str, int]
+    agreements: int  # all-reduces of the agreement
+    buckets: int  # of gradients, a step
+
+
+def counted(rank: int, world: int, settings: Config) -> Seen:
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    profiler = profile(activities=[ProfilerActivity.CPU])
+    asked: list[int] = []
+    buckets: list[int] = []
+    all_reduce, ended = dist.all_reduce, Preemption.on_train_batch_end
+
+    def watched(*arguments, **options):
+        asked.append(1)
+        return all_reduce(*arguments, **options)
 
     def mark(self, trainer, *arguments):
-        seen(self, trainer, *arguments)
-        marks[trainer.global_step] = Counter(calls)
+        ended(self, trainer, *arguments)
+        if trainer.global_step == 4:
+            asked.clear()
+            profiler.start()
+        if trainer.global_step == 4 + STEPS:
+            profiler.stop()
+            buckets.append(len(trainer.strategy.model._get_ddp_logging_data()["bucket_sizes"].split(",")))
+            buckets.append(len(asked))
 
-    Preemption.on_train_batch_end = mark
+    dist.all_reduce, Preemption.on_train_batch_end = watched, mark
     run.train(settings, World.from_environment(), Console(quiet=True))
-    return dict(marks[14] - marks[4])
+    events = Counter(event.name for event in profiler.events())
+    assert events["aten::convolution"] > STEPS  # it has seen the training
+    assert torch.is_grad_enabled()
+    return Seen(
+        {name: count for name, count in events.items() if name.startswith("gloo:")},
+        {name: events[name] for name in READS if events[name]},
+        buckets[1],
+        buckets[0],
+    )
 
 
 @pytest.mark.timeout(120)
-def test_a_step_of_the_whole_trainer_has_the_exchanges_of_its_statistics_and_no_other(shards: Path, tmp_path: Path):
-    """What DDP sums in C++ is not seen here; Lightning's broadcast of a flag before every batch would be."""
-    for model, exchanges in (("inception", 0), ("bn_inception", 33 + 33)):
-        settings = config(shards, tmp_path, f"counted-{model}", 2, f"model.name={model}", "data.global_batch_size=8",
-                          "trainer.max_epochs=1", "tracking.every_steps=1000", "norm.precise_images=0",
-                          "trainer.checkpoint_every_steps=0")  # fmt: skip
-        for calls in run_ranks(2, counted, settings):
-            assert calls.pop("all_reduce", 0) <= 10  # of the agreement: at most one a step
-            assert calls == ({"isend": 10 * exchanges, "irecv": 10 * exchanges} if exchanges else {})
+@pytest.mark.parametrize(("model", "exchanges"), [("inception", 0), ("bn_inception", 33 + 33)])
+def test_a_step_of_the_whole_trainer_has_its_exchanges_and_gradients_and_nothing_else(
+    shards: Path, tmp_path: Path, model: str, exchanges: int
+):
+    """Lightning's broadcast of a flag before every batch would be seen, DDP's buckets are, and any wait for a value."""
+    settings = config(shards, tmp_path, f"counted-{model}", 2, f"model.name={model}", "data.global_batch_size=8",
+                      "trainer.max_epochs=1", "tracking.every_steps=1000", "norm.precise_images=0",
+                      "trainer.checkpoint_every_steps=0")  # fmt: skip
+    for seen in run_ranks(2, counted, settings):
+        assert seen.agreements <= STEPS
+        gradients = STEPS * seen.buckets
+        between = {"gloo:send": STEPS * exchanges, "gloo:recv": STEPS * exchanges} if exchanges else {}
+        assert seen.collectives == {"gloo:all_reduce": gradients + seen.agreements, **between}
+        assert seen.reads == {}

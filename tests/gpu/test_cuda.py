@@ -1,4 +1,7 @@
-"""What needs a CUDA device: the demo on it, bf16, and the law with two ranks that share it."""
+"""What needs a CUDA device: the demo on it, bf16, the law with two ranks on it, no wait for it, a captured step.
+
+The kernels against plain operations are tests/norm/test_kernels.py, which runs on a device where there is one.
+"""
 
 import subprocess
 import sys
@@ -7,8 +10,10 @@ import pytest
 import torch
 from torch import nn
 
+from pipeline import models
 from pipeline.callbacks.journal import read_journal
-from pipeline.norm import SyncBatchNorm
+from pipeline.norm import SyncBatchNorm, kernels
+from pipeline.norm.health import watch
 from pipeline.norm.moments import batch_moments
 from tests.multiprocess.test_law import EXACT, losses
 
@@ -44,3 +49,93 @@ def test_two_ranks_on_one_device_obey_the_law(shards, tmp_path, model):
     on_gpu = ["cluster.accelerator=cuda", f"model.name={model}", "model.response_norm=true"]
     one = losses(shards, tmp_path, 1, *on_gpu)
     torch.testing.assert_close(losses(shards, tmp_path, 2, *on_gpu), one, **EXACT)
+
+
+def network(dtype: torch.dtype = torch.float32) -> nn.Module:
+    torch.manual_seed(0)
+    made = models.build("bn_inception", num_classes=10, norm=SyncBatchNorm, width=0.25).cuda().to(dtype)
+    return made.to(memory_format=torch.channels_last)
+
+
+def batch(images: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator("cuda").manual_seed(1)
+    x = torch.randn(images, 3, 128, 128, device="cuda", generator=generator)
+    return x.contiguous(memory_format=torch.channels_last), torch.arange(images, device="cuda") % 10
+
+
+def step(net: nn.Module, x: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+    with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):  # a cache would not be captured
+        loss = nn.functional.cross_entropy(net(x).main_NK, label)
+    loss.backward()
+    return loss
+
+
+def test_a_step_runs_on_kernels_and_never_waits_for_the_device(monkeypatch):
+    served: list[bool] = []
+    serves = kernels.serves
+    monkeypatch.setattr(kernels, "serves", lambda x: (served.append(serves(x)), served[-1])[1])
+    net, (x, label) = network(), batch()
+    step(net, x, label)  # compiles the kernels
+    assert all(served)
+    with watch(net) as watching:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step(net, x, label)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert len(watching.read()) == 69
+
+
+def test_kernels_and_plain_operations_train_alike(monkeypatch):
+    losses = []
+    for fused in (True, False):
+        with monkeypatch.context() as patch:
+            if not fused:
+                patch.setattr(kernels, "serves", lambda x: False)
+            net, (x, label) = network(), batch()
+            optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9)
+            for _ in range(5):
+                optimizer.zero_grad()
+                loss = nn.functional.cross_entropy(net(x).main_NK, label)
+                loss.backward()
+                optimizer.step()
+                losses.append(loss.item())
+    torch.testing.assert_close(torch.tensor(losses[:5]), torch.tensor(losses[5:]), rtol=2e-2, atol=2e-2)
+    assert abs(losses[0] - losses[5]) < 1e-4
+
+
+def test_bits_repeat_on_a_device():
+    gradients = []
+    for _ in range(2):
+        net, (x, label) = network(), batch()
+        torch.use_deterministic_algorithms(True)
+        try:
+            step(net, x, label)
+        finally:
+            torch.use_deterministic_algorithms(False)
+        gradients.append([p.grad for p in net.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_a_whole_step_is_captured_in_a_graph():
+    net, (x, label) = network(), batch()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            net.zero_grad(set_to_none=True)
+            step(net, x, label)
+    torch.cuda.current_stream().wait_stream(stream)
+    expected = [p.grad.clone() for p in net.parameters()]
+    tracked = next(m for m in net.modules() if isinstance(m, SyncBatchNorm)).num_batches_tracked
+    before = int(tracked)
+    graph = torch.cuda.CUDAGraph()
+    net.zero_grad(set_to_none=True)
+    with torch.cuda.graph(graph):
+        loss = step(net, x, label)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.isfinite(loss)
+    for value, other in zip((p.grad for p in net.parameters()), expected, strict=True):
+        torch.testing.assert_close(value, other, rtol=1e-3, atol=1e-4)
+    assert int(tracked) == before + 1  # running statistics move with each replay
