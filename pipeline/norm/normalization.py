@@ -62,6 +62,11 @@ def statistics(
 def normalized(x: Tensor, known: Statistics, bias_C: Tensor | None, activation: str | None) -> Tensor:
     """y, in the type of x."""
     view = [1, -1] + [1] * (x.dim() - 2)
+    if torch.compiler.is_compiling():  # what a trace changes in place has no gradient in torch 2.11
+        y = (x - known.mean_C.view(view)) * known.scale_C.view(view)
+        y = y if bias_C is None else y + bias_C.view(view)
+        y = y if y.dtype == x.dtype else y.to(x.dtype)
+        return y.relu() if activation == "relu" else y
     y = (x - known.mean_C.view(view)).mul_(known.scale_C.view(view))
     if bias_C is not None:
         y.add_(bias_C.view(view))
