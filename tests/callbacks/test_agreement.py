@@ -121,7 +121,7 @@ def counted(rank: int, world: int, settings: Config) -> Seen:
     assert events["aten::convolution"] > STEPS  # it has seen the training
     assert torch.is_grad_enabled()
     return Seen(
-        {name: count for name, count in events.items() if name.startswith("gloo:")},
+        {name: count for name, count in events.items() if name.startswith("c10d::")},
         {name: events[name] for name in READS if events[name]},
         buckets[1],
         buckets[0],
@@ -140,6 +140,6 @@ def test_a_step_of_the_whole_trainer_has_its_exchanges_and_gradients_and_nothing
     for seen in run_ranks(2, counted, settings):
         assert seen.agreements <= STEPS
         gradients = STEPS * seen.buckets
-        between = {"gloo:send": STEPS * exchanges, "gloo:recv": STEPS * exchanges} if exchanges else {}
-        assert seen.collectives == {"gloo:all_reduce": gradients + seen.agreements, **between}
+        between = {"c10d::send": STEPS * exchanges, "c10d::recv_": STEPS * exchanges} if exchanges else {}
+        assert seen.collectives == {"c10d::allreduce_": gradients + seen.agreements, **between}
         assert seen.reads == {}
