@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules._functions import SyncBatchNorm as TorchSyncFunction
 
 from pipeline import models
-from pipeline.norm import SyncBatchNorm, kernels
+from pipeline.norm import SyncBatchNorm, fused
 
 PASSES = 8
 OURS, PLAIN, EAGER = "ours, fused", "ours, plain", "F.batch_norm, relu"
@@ -131,7 +131,7 @@ def _contenders(channels: int, x_NCHW: Tensor) -> dict[str, Run]:
         y: Tensor = TorchSyncFunction.apply(x, weight_C, bias_C, mean_C, variance_C, 1e-3, 0.1, dist.group.WORLD, 1)
         return nn.functional.relu(y)
 
-    contenders: dict[str, Run] = {OURS if kernels.serves(x_NCHW) else PLAIN: ours, EAGER: eager}
+    contenders: dict[str, Run] = {OURS if fused.serves(x_NCHW) else PLAIN: ours, EAGER: eager}
     contenders[COMPILED] = torch.compile(eager, dynamic=False)
     if x_NCHW.is_cuda and dist.is_initialized() and dist.get_world_size() == 1:
         contenders[SYNC] = synchronized  # it refuses the CPU; one rank exchanges nothing, and has its other costs

@@ -128,7 +128,7 @@ class _InLine(SyncBatchNorm):
     ) -> Level:
         level = SyncBatchNorm.begin_level(layers, xs, (), activation)
         ys = level.finish()
-        level.finish = lambda: ys  # type: ignore[method-assign]
+        level.finish = lambda places=(): ys  # type: ignore[method-assign]
         return level
 
 
@@ -157,7 +157,7 @@ def compare(
     On a GPU in bf16 (mixed), and torch's form is its own layer.
     """
     torch.manual_seed(0)
-    factories = _FACTORIES | ({TORCH: nn.SyncBatchNorm} if device.type == "cuda" else {})
+    factories = _FACTORIES | ({TORCH: partial(nn.SyncBatchNorm, eps=1e-3)} if device.type == "cuda" else {})
     networks = {name: models.build("bn_inception", num_classes=_CLASSES, norm=factories[name], width=width).to(device)
                 for name in only or FORMS}  # fmt: skip
     weights = next(iter(networks.values())).state_dict()
@@ -203,8 +203,8 @@ def report(forms: Sequence[Form]) -> Table:
 
 def _passes(name: str, device: torch.device) -> int:
     """Reads and writes; of the kernels and of torch's own CUDA operations what their sources say."""
-    if device.type == "cuda":
-        return 13 if name == TORCH else 8
+    if device.type == "cuda":  # a ReLU apart is 5 of them
+        return 13 if name == TORCH or _FACTORIES[name] is _OneByOne else 8
     layer = _FACTORIES[name](16)
     return sum(passes(lambda x: torch.relu(layer(x)), torch.randn(8, 16, 6, 6)))
 

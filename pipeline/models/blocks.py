@@ -9,7 +9,7 @@ Legend: N images, C channels, H, W pixels, F features.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +53,9 @@ class Convolve(Protocol):
 class Begun(Protocol):
     """A level whose norms have begun: what `begin_level` of a norm class returns."""
 
-    def finish(self) -> list[Tensor]: ...
+    def room(self, channels: int) -> Tensor | None: ...
+
+    def finish(self, places: Sequence[Tensor | None] = ()) -> list[Tensor]: ...
 
     def convolve(self, conv: nn.Module, x: Tensor) -> Tensor: ...
 
@@ -82,15 +84,51 @@ class Level:
         self._begun: Begun | None = begin(norms, convolved, plain_convs, activation) if begin else None
         self.convolve: Convolve = self._begun.convolve if self._begun else plainly
 
-    def finish(self) -> list[Tensor]:
-        """The units' outputs."""
+    def room(self, channels: int) -> Tensor | None:
+        """A tensor whose slices outputs may be written to; None where they are made anew and then copied."""
+        return self._begun.room(channels) if self._begun and self._rectified else None
+
+    def finish(self, places: Sequence[Tensor | None] = ()) -> list[Tensor]:
+        """The units' outputs, each at its place in a room if it has one."""
         if self._begun is None:
             normalized = [unit.norm(x) for unit, x in zip(self.units, self.convolved, strict=True)]
         else:
-            normalized = self._begun.finish()
+            normalized = self._begun.finish(places)
             if self._rectified:
                 return normalized
         return [unit.activation(x) for unit, x in zip(self.units, normalized, strict=True)]
+
+
+class Joint:
+    """The outputs of branches side by side. Where there is room they are written into it, and none is copied."""
+
+    def __init__(self, room: Tensor | None, widths: list[int]):
+        self.room, self.widths = room, widths
+        self.places: list[Tensor | None] = [None] * len(widths) if room is None else list(torch.split(room, widths, 1))
+
+    def joined(self, parts: Sequence[Tensor]) -> Tensor:
+        """All parts along the channels, in their order; one that is not at its place is copied there."""
+        if self.room is None:
+            return torch.cat(list(parts), 1)
+        whole: Tensor = _InPlace.apply(self.room, self.widths, *parts)
+        return whole
+
+
+class _InPlace(torch.autograd.Function):
+    """A concatenation of what has been written there already."""
+
+    @staticmethod
+    def forward(ctx: Any, room: Tensor, widths: list[int], *parts: Tensor) -> Tensor:
+        ctx.widths = widths
+        for place, part in zip(torch.split(room, widths, 1), parts, strict=True):
+            if place.data_ptr() != part.data_ptr():
+                place.copy_(part)
+        return room
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_whole: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *torch.split(d_whole, ctx.widths, 1)
 
 
 class HalvingPool(nn.Module):
@@ -137,7 +175,8 @@ class Inception(nn.Module):
         else:
             self.pool = nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False)
         self.projection = Unit(inputs, w.projection, 1, style) if w.projection else None
-        self.outputs = w.conv1 + w.conv3 + w.conv33 + (w.projection or inputs)
+        self.widths = [width for width in (w.conv1, w.conv3, w.conv33, w.projection or inputs) if width]
+        self.outputs = sum(self.widths)
 
     @property
     def entries(self) -> list[nn.Module]:
@@ -157,14 +196,17 @@ class Inception(nn.Module):
         outputs = [level.convolve(self.conv3.conv, three), level.convolve(self.conv33a.conv, double), *outputs]
         units += [] if self.conv1 is None else [self.conv1]
         level = Level(units, outputs, [self.conv33b.conv])
+        joint = Joint(level.room(self.outputs), self.widths)
+        place_one = joint.places[: len(outputs) - 2]
+        place_three, place_double, place_last = joint.places[len(place_one) :]
 
         pooled = self.pool(x_NCHW)
         last = [] if self.projection is None else [convolve(self.projection.conv, pooled)]
-        three, double, *one = level.finish()
+        three, double, *one = level.finish([place_three, None, *place_one])
         units = [self.conv33b] + ([] if self.projection is None else [self.projection])
         level = Level(units, [level.convolve(self.conv33b.conv, double), *last], followers)
-        double, *projected = level.finish()
-        return torch.cat([*one, three, double, *(projected or [pooled])], 1), level.convolve
+        double, *projected = level.finish([place_double, place_last][: len(units)])
+        return joint.joined([*one, three, double, *(projected or [pooled])]), level.convolve
 
 
 class SampleDropout(nn.Module):

@@ -1,203 +1,22 @@
-"""One layer's arithmetic in fused Triton kernels, for channels-last tensors on a GPU; `normalization` is their oracle.
+"""Triton kernels of batch normalization on rows of channels; `fused` calls them and says what they are for.
 
-Memory passes over the activation: moments 1 read; normalize + ReLU 1 read, 1 write; backward sums 2 reads, with the
-ReLU's mask computed again from x instead of read; dx 2 reads, 1 write. Sums are made in parts whose number depends
-on the shape alone and merged in their order in float64, so bits repeat on every device of a type. No value is read on
-the host.
-
-A tensor (N, C, *) is taken as rows (M, C) with the channels beside one another, and any distance between rows:
-a slice of a concatenation's channels is read and written where it lies.
-Legend: M = N x pixels rows, C channels, K parts, R ranks, P = 2C + 1 numbers of a packet (moments.py).
+Sums are made in parts whose number depends on the shape alone and merged in their order in float64, so bits repeat
+on every device of a type. Rows may be any distance apart.
+Legend: M rows of a tile, C channels, K parts, R ranks, P = 2C + 1 numbers of a packet (moments.py). g: dy where the
+ReLU behind it was not flat.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
-import torch
-from torch import Tensor
-
-from pipeline.norm.normalization import Running, Statistics
+from typing import Any
 
 try:
     import triton
     import triton.language as tl
-except ImportError:  # a build of torch without it, as for the CPU alone: then `serves` nothing
+except ImportError:  # a build of torch without it, as for the CPU alone
     triton = None
 
-_TILE = 2048  # elements that a program holds at once
-_PARTS = 512  # programs that share the sums of a layer: about four for each multiprocessor of a large GPU
-_TYPES = (torch.float32, torch.bfloat16, torch.float16)
-# A product and a sum stay two roundings: the mask that a backward computes again is then that of the forward pass.
-_EXACT = {"enable_fp_fusion": False}
-
-
-class Rows(NamedTuple):
-    """How a tensor lies as rows of channels: how many, and elements from one to the next."""
-
-    number: int
-    stride: int
-
-
-def rows_of(x: Tensor) -> Rows | None:
-    """X (N, C, *) as rows; None if it does not lie so."""
-    channels = x.shape[1]
-    if channels > 1 and x.stride(1) != 1:
-        return None
-    rows = Rows(1, 0)
-    for axis in (*range(x.dim() - 1, 1, -1), 0):
-        size, step = x.shape[axis], x.stride(axis)
-        if size == 1:
-            continue
-        if rows.number == 1 and step >= channels:
-            rows = Rows(size, step)
-        elif rows.number > 1 and step == rows.number * rows.stride:
-            rows = Rows(rows.number * size, rows.stride)
-        else:
-            return None
-    return rows
-
-
-def serves(x: Tensor) -> bool:
-    """Whether the kernels take it: on a GPU, not empty, in rows, and of a type that is not float64."""
-    return triton is not None and x.is_cuda and x.numel() > 0 and x.dtype in _TYPES and rows_of(x) is not None
-
-
-def packet(x: Tensor) -> Tensor:
-    """The moments of x as a packet (P,) in float64."""
-    rows, channels = _rows(x), x.shape[1]
-    split = _split(rows.number, channels)
-    parts_K2C = x.new_empty(split.parts, 2, channels, dtype=torch.float32)
-    merged_P = x.new_empty(2 * channels + 1, dtype=torch.float64)
-    _moments_of_parts[split.parts, split.columns](
-        x,
-        rows.stride,
-        rows.number,
-        channels,
-        split.share,
-        parts_K2C,
-        BLOCK_M=split.block_m,
-        BLOCK_C=split.block_c,
-        **_EXACT,
-    )
-    _moments_of_all[(split.columns,)](
-        x, rows.number, channels, split.share, split.parts, parts_K2C, merged_P, BLOCK_C=split.block_c, **_EXACT
-    )
-    return merged_P
-
-
-def statistics(
-    rows_RP: Tensor, weight_C: Tensor | None, eps: float, arithmetic: torch.dtype, running: Running | None
-) -> Statistics:
-    """Those of the union of the ranks' packets, which `running` takes in. arithmetic: float32, always."""
-    assert arithmetic == torch.float32
-    ranks, channels = len(rows_RP), (rows_RP.shape[1] - 1) // 2
-    block = _block_c(channels)
-    mean_C, scale_C = (rows_RP.new_empty(channels, dtype=arithmetic) for _ in range(2))
-    invstd_C, total = rows_RP.new_empty(channels), rows_RP.new_empty(())
-    _statistics[(triton.cdiv(channels, block),)](
-        rows_RP, rows_RP.stride(0), ranks, channels, eps, mean_C if weight_C is None else weight_C,
-        mean_C if running is None else running.mean_C, mean_C if running is None else running.var_C,
-        total if running is None else running.batches, 0.0 if running is None else running.momentum or 0.0,
-        mean_C, scale_C, invstd_C, total,
-        AFFINE=weight_C is not None, TRACKS=running is not None,
-        CUMULATIVE=running is not None and running.momentum is None, BLOCK_C=block, **_EXACT,
-    )  # fmt: skip
-    if running is not None:
-        running.batches.add_(total > 0)
-    return Statistics(mean_C, scale_C, invstd_C, total)
-
-
-def normalized(
-    x: Tensor, known: Statistics, bias_C: Tensor | None, activation: str | None, out: Tensor | None = None
-) -> Tensor:
-    """y, in the type of x; written into `out` if that is given, which may be a slice of a larger tensor's channels."""
-    y = _like(x) if out is None else out
-    source, target, channels = _rows(x), _rows(y), x.shape[1]
-    block_c = _block_c(channels)
-    block_m = _TILE // block_c
-    _normalize[triton.cdiv(source.number, block_m), triton.cdiv(channels, block_c)](
-        x, source.stride, source.number, channels, known.mean_C, known.scale_C,
-        known.mean_C if bias_C is None else bias_C, y, target.stride,
-        BIASED=bias_C is not None, RELU=activation == "relu", BLOCK_M=block_m, BLOCK_C=block_c, **_EXACT,
-    )  # fmt: skip
-    return y
-
-
-class Backward:
-    """A layer's share of a backward: its sums over this rank, then dx when those over the group are known."""
-
-    def __init__(
-        self,
-        dy: Tensor,
-        x: Tensor,
-        known: Statistics,
-        bias_C: Tensor | None,
-        activation: str | None,
-    ):
-        # A gradient that does not lie in rows (an expanded one, of a mean over pixels) is laid out as x is.
-        self.dy = dy if rows_of(dy) is not None else _like(x).copy_(dy)
-        self.x, self.known = x, known
-        self.bias_C, self.how = bias_C, {"BIASED": bias_C is not None, "RELU": activation == "relu", **_EXACT}
-        rows, channels = _rows(x), x.shape[1]
-        split = _split(rows.number, channels)
-        parts_K2C = x.new_empty(split.parts, 2, channels, dtype=torch.float32)
-        self.sums_2C = x.new_empty(2 * channels, dtype=torch.float64)
-        _sums_of_parts[split.parts, split.columns](
-            self.dy, _rows(self.dy).stride, x, rows.stride, rows.number, channels, split.share, known.mean_C,
-            known.scale_C, known.mean_C if bias_C is None else bias_C, parts_K2C,
-            **self.how, BLOCK_M=split.block_m, BLOCK_C=split.block_c,
-        )  # fmt: skip
-        _sums_of_all[(split.columns,)](
-            parts_K2C, split.parts, channels, known.invstd_C, self.sums_2C, BLOCK_C=split.block_c, **_EXACT
-        )
-
-    def dx(self, totals_RP: Tensor) -> Tensor:
-        """Dx. totals_RP: the sums of the ranks (R, 2C), which are added up here."""
-        x, known, dx = self.x, self.known, _like(self.x)
-        source, channels = _rows(x), x.shape[1]
-        block_c = _block_c(channels)
-        block_m = _TILE // block_c
-        _differentiate[triton.cdiv(source.number, block_m), triton.cdiv(channels, block_c)](
-            self.dy, _rows(self.dy).stride, x, source.stride, source.number, channels, known.mean_C, known.scale_C,
-            known.mean_C if self.bias_C is None else self.bias_C, known.invstd_C, known.total,
-            totals_RP, totals_RP.stride(0), len(totals_RP), dx, _rows(dx).stride,
-            **self.how, BLOCK_M=block_m, BLOCK_C=block_c,
-        )  # fmt: skip
-        return dx
-
-
-class _Split(NamedTuple):
-    """How the sums of a layer are shared out: parts of so many rows each, over blocks of channels."""
-
-    parts: int
-    share: int
-    columns: int
-    block_m: int
-    block_c: int
-
-
-def _split(rows: int, channels: int) -> _Split:
-    block_c = _block_c(channels)
-    block_m, columns = _TILE // block_c, -(-channels // block_c)
-    tiles = -(-rows // block_m)
-    share = -(-tiles // max(1, _PARTS // columns)) * block_m
-    return _Split(-(-rows // share), share, columns, block_m, block_c)
-
-
-def _block_c(channels: int) -> int:
-    return min(128, max(16, int(triton.next_power_of_2(channels))))
-
-
-def _like(x: Tensor) -> Tensor:
-    """An empty tensor of x's shape and type, channels last and dense whatever x is a slice of."""
-    return x.new_empty(x.shape[0], *x.shape[2:], x.shape[1]).movedim(-1, 1)
-
-
-def _rows(x: Tensor) -> Rows:
-    rows = rows_of(x)
-    assert rows is not None, "not in rows: ask `serves` first"
-    return rows
+IS_THERE = triton is not None
 
 
 def _jit(function: Any) -> Any:
@@ -205,7 +24,7 @@ def _jit(function: Any) -> Any:
 
 
 @_jit
-def _moments_of_parts(
+def moments_of_parts(
     x, stride, rows, channels, share, parts_K2C, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr
 ):  # fmt: skip
     """Mean and M2 of the rows of one part, less the first row: values near 1e3 would not fit float32's digits."""
@@ -237,7 +56,7 @@ def _moments_of_parts(
 
 
 @_jit
-def _moments_of_all(x, rows, channels, share, parts, parts_K2C, packet_P, BLOCK_C: tl.constexpr):
+def moments_of_all(x, rows, channels, share, parts, parts_K2C, packet_P, BLOCK_C: tl.constexpr):
     """The parts' moments merged in their order, and the shift put back."""
     column = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     is_channel = column < channels
@@ -260,12 +79,15 @@ def _moments_of_all(x, rows, channels, share, parts, parts_K2C, packet_P, BLOCK_
 
 
 @_jit
-def _statistics(
-    rows_RP, stride, ranks, channels, eps, weight, running_mean, running_var, batches, momentum,
-    mean, scale, invstd, count,
+def statistics(
+    rows_RP, stride, ranks, channels, weight, running_mean, running_var, batches, mean, scale, invstd, count,
+    EPS: tl.constexpr, MOMENTUM: tl.constexpr,
     AFFINE: tl.constexpr, TRACKS: tl.constexpr, CUMULATIVE: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """normalization.statistics: the ranks' packets merged in their order, and running statistics but their count."""
+    """normalization.statistics: the ranks' packets merged in their order, and running statistics but their count.
+
+    EPS and MOMENTUM are constants because a number that is handed over would be a float32.
+    """
     column = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     is_channel = column < channels
     count_C = tl.zeros((BLOCK_C,), tl.float64)
@@ -282,15 +104,15 @@ def _statistics(
         at = rows_RP + rank * stride
         drift_C = tl.load(at + 1 + column, mask=is_channel, other=0.0) - mean_C
         m2_C += tl.load(at + 1 + channels + column, mask=is_channel, other=0.0) + tl.load(at) * drift_C * drift_C
-    invstd_C = 1.0 / tl.sqrt(m2_C / least_C + eps)
+    invstd_C = 1.0 / tl.sqrt(m2_C / least_C + EPS)
     scale_C = invstd_C
     if AFFINE:
         scale_C = invstd_C * tl.load(weight + column, mask=is_channel, other=0.0).to(tl.float64)
     if TRACKS:
-        share = momentum
+        share_C = tl.zeros((BLOCK_C,), tl.float64) + MOMENTUM
         if CUMULATIVE:
-            share = 1.0 / (tl.load(batches) + 1).to(tl.float64)
-        share_C = tl.where(count_C > 0, share, 0.0)
+            share_C = 1.0 / (tl.zeros((BLOCK_C,), tl.float64) + tl.load(batches).to(tl.float64) + 1.0)
+        share_C = tl.where(count_C > 0, share_C, 0.0)
         old_C = tl.load(running_mean + column, mask=is_channel, other=0.0).to(tl.float64)
         tl.store(running_mean + column, old_C + share_C * (mean_C - old_C), mask=is_channel)
         unbiased_C = m2_C / tl.maximum(count_C - 1.0, 1.0)
@@ -303,7 +125,7 @@ def _statistics(
 
 
 @_jit
-def _normalize(
+def normalize(
     x, x_stride, rows, channels, mean, scale, bias, y, y_stride,
     BIASED: tl.constexpr, RELU: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -324,7 +146,7 @@ def _normalize(
 
 
 @_jit
-def _sums_of_parts(
+def sums_of_parts(
     dy, dy_stride, x, x_stride, rows, channels, share, mean, scale, bias, parts_K2C,
     BIASED: tl.constexpr, RELU: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -357,7 +179,7 @@ def _sums_of_parts(
 
 
 @_jit
-def _sums_of_all(parts_K2C, parts, channels, invstd, sums_2C, BLOCK_C: tl.constexpr):
+def sums_of_all(parts_K2C, parts, channels, invstd, sums_2C, BLOCK_C: tl.constexpr):
     """The parts' sums added up in their order: those of g and of g xhat."""
     column = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     is_channel = column < channels
@@ -373,9 +195,25 @@ def _sums_of_all(parts_K2C, parts, channels, invstd, sums_2C, BLOCK_C: tl.conste
 
 
 @_jit
-def _differentiate(
-    dy, dy_stride, x, x_stride, rows, channels, mean, scale, bias, invstd, count, totals_RP, totals_stride, ranks,
-    dx, dx_stride,
+def coefficients(totals_RP, stride, ranks, channels, invstd, count, level, slope, BLOCK_C: tl.constexpr):
+    """mean(g) and mean(g xhat) / std over the group, the ranks' sums added up in their order."""
+    column = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    is_channel = column < channels
+    sum_g_C = tl.zeros((BLOCK_C,), tl.float64)
+    sum_g_xhat_C = tl.zeros((BLOCK_C,), tl.float64)
+    for rank in range(ranks):
+        at = totals_RP + rank * stride + column
+        sum_g_C += tl.load(at, mask=is_channel, other=0.0)
+        sum_g_xhat_C += tl.load(at + channels, mask=is_channel, other=0.0)
+    values = tl.maximum(tl.load(count), 1.0)
+    invstd_C = tl.load(invstd + column, mask=is_channel, other=0.0)
+    tl.store(level + column, sum_g_C / values, mask=is_channel)
+    tl.store(slope + column, sum_g_xhat_C / values * invstd_C, mask=is_channel)
+
+
+@_jit
+def differentiate(
+    dy, dy_stride, x, x_stride, rows, channels, mean, scale, bias, level, slope, dx, dx_stride,
     BIASED: tl.constexpr, RELU: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """normalization.Backward.dx."""
@@ -383,18 +221,10 @@ def _differentiate(
     column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     is_channel = column < channels
     is_value = (row < rows) & is_channel[None, :]
-    mean_g_C = tl.zeros((BLOCK_C,), tl.float64)
-    mean_g_xhat_C = tl.zeros((BLOCK_C,), tl.float64)
-    for rank in range(ranks):
-        at = totals_RP + rank * totals_stride + column
-        mean_g_C += tl.load(at, mask=is_channel, other=0.0)
-        mean_g_xhat_C += tl.load(at + channels, mask=is_channel, other=0.0)
-    values = tl.maximum(tl.load(count), 1.0)
-    invstd_C = tl.load(invstd + column, mask=is_channel, other=0.0)
     mean_C = tl.load(mean + column, mask=is_channel, other=0.0)
     scale_C = tl.load(scale + column, mask=is_channel, other=0.0)
-    level_C = (mean_g_C / values).to(tl.float32)
-    slope_C = (mean_g_xhat_C / values * invstd_C).to(tl.float32)
+    level_C = tl.load(level + column, mask=is_channel, other=0.0)
+    slope_C = tl.load(slope + column, mask=is_channel, other=0.0)
     deviation = tl.load(x + row * x_stride + column[None, :], mask=is_value, other=0.0).to(tl.float32)
     deviation -= mean_C[None, :]
     g = tl.load(dy + row * dy_stride + column[None, :], mask=is_value, other=0.0).to(tl.float32)

@@ -1,6 +1,6 @@
-"""One layer's arithmetic in plain operations: what runs on any device and under torch.compile, and the kernels' oracle.
+"""One layer's arithmetic in plain operations, for any device and for torch.compile, and the oracle of the kernels.
 
-`kernels` offers the same names. Forward:  y = (x - mean) scale + beta,  scale = gamma / sqrt(var + eps).
+`fused` offers the same names. Forward:  y = (x - mean) scale + beta,  scale = gamma / sqrt(var + eps).
 Backward:  dx = scale (g - mean(g) - xhat mean(g xhat)),  g = dy where y > 0 if a ReLU follows, else dy; both means
 over the group.   Legend: C channels, R ranks, P = 2C + 1 numbers of a packet (moments.py).
 """

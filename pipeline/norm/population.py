@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from pipeline.norm.collectives import average_over_world
+from pipeline.norm.collectives import average_over_world, sum_over_world
 from pipeline.norm.moments import Moments, batch_moments, merge, merge_packets
 from pipeline.norm.sync_batch_norm import SyncBatchNorm
 
@@ -41,7 +41,7 @@ def estimate(
     """Set the running statistics of every norm in module to the population's; returns the number of batches.
 
     batches: training batches of equal size, taken until they end; every rank must bring as many. images: of
-    this rank, after which no other batch is taken, of batches that are a tensor or begin with one; 0 = all.
+    all ranks, after which no other batch is taken, of batches that are a tensor or begin with one; 0 = all.
     forward: runs the module on one batch; module itself if absent. form: "batches" or "aggregate".
     Weights, training flags and momenta are left as found. Where ranks normalize in groups, all ranks end
     with the merge of all. Without a batch the statistics stay as they were. Averaged weights (EMA, soups) have
@@ -54,15 +54,17 @@ def estimate(
         return 0
     run: Callable[[Batch], object] = forward or module
     count = 0
+    assert norms[0].running_mean is not None
+    device = norms[0].running_mean.device
     with _on_batch_statistics(module, norms), _moments_seen(norms if form == AGGREGATE else []) as seen:
-        for count, batch in enumerate(_limited(batches, images), 1):
+        for count, batch in enumerate(_limited(batches, images, device), 1):
             if count == 1:
                 for norm in norms:
                     norm.reset_running_stats()
                     norm.momentum = None  # all batches weigh the same: the mean that Algorithm 2 asks for
             run(batch)
-    if seen and count:
-        _merge_moments([seen[norm] for norm in norms], norms)
+    if seen:
+        _merge_moments(seen)
     else:
         merge_groups(module)
     return count
@@ -78,15 +80,17 @@ def merge_groups(module: nn.Module) -> None:
     _write(buffers, average_over_world(torch.cat(buffers)))
 
 
-def _merge_moments(seen: list[Moments], norms: list[Norm]) -> None:
-    """Set each norm's running statistics to its moments, merged over all ranks."""
-    means = torch.cat([moments.mean_C for moments in seen])
-    variances = torch.cat([moments.variance_C() for moments in seen])
+def _merge_moments(seen: dict[Norm, Moments]) -> None:
+    """Set each norm's running statistics to its moments, merged over all ranks, whatever their shares."""
+    counts = torch.cat([moments.count.expand_as(moments.mean_C) for moments in seen.values()])
+    means = torch.cat([moments.mean_C for moments in seen.values()])
+    squares = torch.cat([moments.m2_C for moments in seen.values()])
+    count = sum_over_world(counts).clamp(min=1)
+    mean = sum_over_world(counts * means) / count
     # Around the mean of all ranks: their squares themselves would leave no digits where a mean is large.
-    centre = average_over_world(means)
-    variances = average_over_world(variances + (means - centre).square())
-    _write([norm.running_mean for norm in norms if norm.running_mean is not None], centre)
-    _write([norm.running_var for norm in norms if norm.running_var is not None], variances)
+    variance = sum_over_world(squares + counts * (means - mean).square()) / count
+    _write([norm.running_mean for norm in seen if norm.running_mean is not None], mean)
+    _write([norm.running_var for norm in seen if norm.running_var is not None], variance)
 
 
 def _write(buffers: list[Tensor], values: Tensor) -> None:
@@ -94,12 +98,14 @@ def _write(buffers: list[Tensor], values: Tensor) -> None:
         buffer.copy_(value)
 
 
-def _limited(batches: Iterable[Batch], images: int) -> Iterator[Batch]:
-    seen = 0
+def _limited(batches: Iterable[Batch], images: int, device: torch.device) -> Iterator[Batch]:
+    """As many on each rank: a rank that went on alone would wait for the others in the exchange of its norms."""
+    seen = 0.0
     for batch in batches:
         yield batch
         if images:
-            seen += len(batch if isinstance(batch, Tensor) else batch[0])  # type: ignore[index]
+            size = len(batch if isinstance(batch, Tensor) else batch[0])  # type: ignore[index]
+            seen += float(sum_over_world(torch.tensor(size, dtype=torch.float64, device=device)))
             if seen >= images:
                 return
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.norm import kernels, normalization
+from pipeline.norm import fused, normalization
 from pipeline.norm.collectives import GroupSize, StatisticsGroup, statistics_group
 from pipeline.norm.late_gradients import LateGradients
 from pipeline.norm.normalization import Running, Statistics
@@ -171,8 +171,17 @@ class Level:
         with torch.no_grad():
             self._rows = self.group.begin_merge([_arithmetic(x).packet(x) for x in xs])
 
-    def finish(self) -> list[Tensor]:
-        """What comes out of each layer."""
+    def room(self, channels: int) -> Tensor | None:
+        """A tensor of so many channels, slices of which `finish` of this level or a next one writes; None if it cannot.
+
+        For outputs that go side by side into one tensor anyway: what is written there need not be copied there.
+        """
+        if not self.together or not all(_arithmetic(x) is fused for x in self.xs):
+            return None
+        return fused.room(self.xs[0], channels)
+
+    def finish(self, places: Sequence[Tensor | None] = ()) -> list[Tensor]:
+        """What comes out of each layer; at its place, if it has one in a `room`."""
         if not self.together:
             ys = [layer(x) for layer, x in zip(self.layers, self.xs, strict=True)]
             return [torch.relu(y) for y in ys] if self.activation == "relu" else ys
@@ -190,7 +199,7 @@ class Level:
         activations = [layer.activation or self.activation for layer in self.layers]
         weights = self.late.weights
         late = self.late if weights else None
-        return list(_Normalize.apply(activations, self.group, late, *tensors, *weights))
+        return list(_Normalize.apply(activations, self.group, late, list(places), *tensors, *weights))
 
     def convolve(self, conv: nn.Module, x: Tensor) -> Tensor:
         """conv(x); a follower's weight gets its gradient from this level."""
@@ -204,7 +213,7 @@ def _is_in_backward() -> bool:
 
 def _arithmetic(x: Tensor) -> Any:
     """The kernels where they serve; plain operations elsewhere, and in a trace, whose compiler fuses them itself."""
-    return kernels if not torch.compiler.is_compiling() and kernels.serves(x) else normalization
+    return fused if not torch.compiler.is_compiling() and fused.serves(x) else normalization
 
 
 _OF_A_LAYER = 3 + len(Statistics._fields)  # x, weight and bias, and what it normalizes with
@@ -222,16 +231,21 @@ class _Normalize(torch.autograd.Function):
         activations: list[str | None],
         group: StatisticsGroup,
         late: LateGradients | None,
+        places: list[Tensor | None],
         *tensors: Any,
     ) -> tuple[Tensor, ...]:
         ys: list[Tensor] = []
         saved: list[Tensor | None] = []
+        ctx.fused = []
         for i, activation in enumerate(activations):
             x, weight_C, bias_C, *known = tensors[_OF_A_LAYER * i : _OF_A_LAYER * (i + 1)]
             arithmetic = _arithmetic(x)
-            y = arithmetic.normalized(x, Statistics(*known), bias_C, activation)
+            place = {"out": places[i]} if places and arithmetic is fused else {}
+            y = arithmetic.normalized(x, Statistics(*known), bias_C, activation, **place)
             # The kernels compute the mask of a ReLU again; plain operations read it off y, which the next layer keeps.
             saved += [x, weight_C, bias_C, *known, y if activation and arithmetic is normalization else None]
+            # Kept, since x may come back otherwise: hooks of saved tensors move them, and forget how they lay.
+            ctx.fused.append(arithmetic is fused)
             ys.append(y)
         ctx.save_for_backward(*saved)
         ctx.activations, ctx.group, ctx.late = activations, group, late
@@ -241,13 +255,13 @@ class _Normalize(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
         layers = _in_turn(ctx.saved_tensors, _OF_A_LAYER + 1)
-        shares = [_backward(dy, layer, how) for dy, layer, how in zip(dys, layers, ctx.activations, strict=True)]
+        shares = [_backward(*each) for each in zip(dys, layers, ctx.activations, ctx.fused, strict=True)]
         # Every rank takes part in the exchange even if its own dx is not asked for: another rank's may be.
         arrived = ctx.group.begin_sum(torch.cat([share.sums_2C for share in shares]))
         late = ctx.late.gradients() if ctx.late else ()
         totals = torch.split(arrived(), [share.sums_2C.numel() for share in shares], dim=1)
         gradients: list[Tensor | None] = []
-        wanted = _in_turn(ctx.needs_input_grad[3 : 3 + _OF_A_LAYER * len(shares)], _OF_A_LAYER)
+        wanted = _in_turn(ctx.needs_input_grad[4 : 4 + _OF_A_LAYER * len(shares)], _OF_A_LAYER)
         for share, totals_RP, layer, wants in zip(shares, totals, layers, wanted, strict=True):
             sum_dy_C, sum_dy_xhat_C = share.sums_2C.chunk(2)
             dtype = share.x.dtype if layer[1] is None else layer[1].dtype
@@ -257,14 +271,14 @@ class _Normalize(torch.autograd.Function):
                 sum_dy_C.to(dtype) if wants[2] else None,
                 *(None for _ in Statistics._fields),
             ]
-        return None, None, None, *gradients, *late
+        return None, None, None, None, *gradients, *late
 
 
-def _backward(dy: Tensor, layer: Sequence[Tensor], activation: str | None) -> Any:
+def _backward(dy: Tensor, layer: Sequence[Tensor], activation: str | None, is_fused: bool) -> Any:
     """A layer's share of the backward, of what was saved of it."""
     x, weight_C, bias_C, *known, y = layer
-    if _arithmetic(x) is kernels:
-        return kernels.Backward(dy, x, Statistics(*known), bias_C, activation)
+    if is_fused:
+        return fused.Backward(dy, x, Statistics(*known), bias_C, activation)
     return normalization.Backward(dy, x, y, Statistics(*known), weight_C)
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from pipeline import models
 from pipeline.callbacks.journal import read_journal
-from pipeline.norm import SyncBatchNorm, kernels
+from pipeline.norm import SyncBatchNorm, fused
 from pipeline.norm.health import watch
 from pipeline.norm.moments import batch_moments
 from tests.multiprocess.test_law import EXACT, losses
@@ -72,8 +72,8 @@ def step(net: nn.Module, x: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
 
 def test_a_step_runs_on_kernels_and_never_waits_for_the_device(monkeypatch):
     served: list[bool] = []
-    serves = kernels.serves
-    monkeypatch.setattr(kernels, "serves", lambda x: (served.append(serves(x)), served[-1])[1])
+    serves = fused.serves
+    monkeypatch.setattr(fused, "serves", lambda x: (served.append(serves(x)), served[-1])[1])
     net, (x, label) = network(), batch()
     step(net, x, label)  # compiles the kernels
     assert all(served)
@@ -88,10 +88,10 @@ def test_a_step_runs_on_kernels_and_never_waits_for_the_device(monkeypatch):
 
 def test_kernels_and_plain_operations_train_alike(monkeypatch):
     losses = []
-    for fused in (True, False):
+    for plainly in (False, True):
         with monkeypatch.context() as patch:
-            if not fused:
-                patch.setattr(kernels, "serves", lambda x: False)
+            if plainly:
+                patch.setattr(fused, "serves", lambda x: False)
             net, (x, label) = network(), batch()
             optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9)
             for _ in range(5):

@@ -79,9 +79,9 @@ def test_averaged_weights_have_statistics_of_their_own():
     torch.testing.assert_close(averaged.module[1].running_mean, expected.detach())
 
 
-def rank_with_own_statistics(rank, world, group_size, form="batches"):
+def rank_with_own_statistics(rank, world, group_size, form="batches", size=6):
     layer = SyncBatchNorm(3, group_size=group_size).double()
-    estimate(layer, [batch[rank::world] for batch in images(3, 6)], form=form)
+    estimate(layer, [batch[rank::world] for batch in images(3, size)], form=form)
     return layer.running_mean.numpy(), layer.running_var.numpy()
 
 
@@ -94,12 +94,29 @@ def test_groups_end_with_the_merge_of_all():
     torch.testing.assert_close(torch.from_numpy(results[0][1]), expected)
 
 
-def test_an_aggregate_over_groups_is_that_of_all_values():
-    for group_size in (0, 1):
-        for mean, variance in run_ranks(2, with_group, rank_with_own_statistics, group_size, "aggregate"):
-            values = torch.cat(images(3, 6))
-            torch.testing.assert_close(torch.from_numpy(mean), values.mean((0, 2, 3)), rtol=1e-12, atol=1e-12)
-            torch.testing.assert_close(torch.from_numpy(variance), values.var((0, 2, 3), correction=0))
+@pytest.mark.parametrize("group_size", [0, 1])
+@pytest.mark.parametrize("size", [6, 5, 1])  # shares of 3 and 3, of 3 and 2, of 1 and none
+def test_an_aggregate_over_groups_is_that_of_all_values(group_size, size):
+    for mean, variance in run_ranks(2, with_group, rank_with_own_statistics, group_size, "aggregate", size):
+        values = torch.cat(images(3, size))
+        torch.testing.assert_close(torch.from_numpy(mean), values.mean((0, 2, 3)), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(torch.from_numpy(variance), values.var((0, 2, 3), correction=0))
+
+
+def rank_with_a_limit(rank, world):
+    layer = SyncBatchNorm(3).double()
+    return estimate(layer, [batch[rank::world] for batch in images(5, 5)], images=12)
+
+
+def test_ranks_of_unequal_shares_take_as_many_batches():
+    assert run_ranks(2, with_group, rank_with_a_limit) == [3, 3]  # of 5 images each
+
+
+def test_a_norm_that_the_forward_pass_does_not_reach_is_no_obstacle():
+    network = nn.ModuleList([SyncBatchNorm(3), SyncBatchNorm(3)]).double()
+    assert estimate(network, images(2, 4), network[0], form="aggregate") == 2
+    assert (network[0].running_mean != 0).all()
+    assert (network[1].running_mean == 0).all()
 
 
 def test_merging_alone_changes_nothing():
