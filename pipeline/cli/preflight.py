@@ -1,0 +1,71 @@
+"""pipeline doctor: is this run going to work?"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from pipeline.cli.options import add_verb
+
+if TYPE_CHECKING:
+    from pipeline.doctor.findings import Finding
+
+
+def add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    p = add_verb(
+        verbs, "doctor", doctor, "look for what would keep a run from working; starts nothing, leaves nothing behind",
+        "pipeline doctor recipe=bn_x5 data=digits cluster.devices=2\n"
+        "  pipeline doctor runs/first/config.yaml --json\n\n"
+        "exit codes: 0 go (with warnings or without), 2 a fault in config or environment, 3 in data",
+    )  # fmt: skip
+    p.add_argument(
+        "words", nargs="*", metavar="key=value | RUN/config.yaml", help="as for train: overrides, or a frozen config"
+    )
+    p.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+
+
+def doctor(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from pipeline.doctor import report
+
+    began = time.monotonic()
+    errors = Console(stderr=True)
+    status = errors.status("looking", spinner="line") if errors.is_terminal else contextlib.nullcontext()
+    with status as shown, contextlib.redirect_stdout(sys.stderr):  # stdout is for the report alone
+        found = _findings(options.words, lambda name: shown.update(f"looking at: {name}") if shown else None)
+    seconds = time.monotonic() - began
+    if options.json:
+        print(json.dumps(report.as_json(options.words, found, seconds), indent=2))
+    else:
+        console = Console(highlight=False)
+        console.print(report.table(found))
+        console.print(report.verdict(found, seconds), style="bold", markup=False)
+    return report.exit_code(found)
+
+
+def _findings(words: list[str], say: Callable[[str], None]) -> list[Finding]:
+    from pipeline.doctor.findings import FAULT, guarded
+    from pipeline.doctor.versions import check_versions, malicious, requirements
+
+    say("versions")
+    found = guarded("versions", "packages", malicious)
+    if found:
+        return found  # such a package runs when it is imported, by whatever check
+    found = guarded("versions", "packages", lambda: check_versions(requirements()))
+    examined: list[Finding] = []
+
+    def rest() -> list[Finding]:
+        from pipeline.doctor.examination import examine  # torch and Lightning: seconds, and broken ones end here
+
+        examined.extend(examine(words, say))
+        return []
+
+    found += guarded("versions", "import", rest)
+    order = [f for f in found if f.state != FAULT] + examined
+    return [*(f for f in found if f.state == FAULT), *order]
