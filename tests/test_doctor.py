@@ -30,6 +30,7 @@ from pipeline.launch.plan import RECORD, STARTED, close_run, open_run
 from pipeline.training.checkpoint_io import write_checkpoint
 from pipeline.training.schedule import Schedule
 from tests.callbacks.wandb_server import KEY, WandbServer
+from tests.data.faulty_server import faulty_server
 
 SMALL = ("data=folder", "data.global_batch_size=24", "data.image_size=16", "model.stem=small", "model.width=0.125",
          "cluster.accelerator=cpu", "trainer.max_epochs=2", "trainer.threads=1")  # fmt: skip
@@ -429,12 +430,48 @@ def test_foreign_tars_are_not_indexed_by_looking(patient, capsys):
     for path in patient.shards.iterdir():
         if path.suffix != ".tar":
             path.unlink()
+    before = files(patient.shards)
     report = patient.examined(capsys)
     (found,) = [f for f in report["findings"] if f["name"] == "root"]
     assert (found["state"], report["exit_code"]) == ("warning", 0)
     assert "not indexed yet" in found["text"]
     assert "pipeline shards index" in found["way_out"]
-    assert not list(patient.shards.rglob("dataset.json"))
+    assert files(patient.shards) == before
+
+
+@pytest.fixture
+def server(shards):
+    with faulty_server() as server:
+        server.files = {f"/set/{path.name}": path.read_bytes() for path in shards.iterdir()}
+        yield server
+
+
+def test_a_remote_set_is_judged_by_its_tables_and_a_few_images(patient, capsys, server):
+    patient.words = (f"data.root={server.url}/set", "data.cache=cache", "data.window=2", "data.cache_gb=1")
+    report = patient.examined(capsys)
+    texts = {f["name"]: f["text"] for f in report["findings"]}
+    assert report["exit_code"] == 0
+    assert texts["images"] == "8 of 165 read, and as they were indexed"
+    assert texts["tables"] == "130 train, 35 val images in 5 classes"
+    assert texts["cache"].startswith("two windows of shards fit")
+    assert not list(Path("cache").rglob("*.tar"))
+
+
+def test_faults_of_a_remote_set_are_found_in_seconds(patient, capsys, server):
+    remote = (f"data.root={server.url}/set", "data.cache=cache", "data.window=2")
+    for name, content in server.files.items():
+        if name.startswith("/set/val") and name.endswith(".tar"):
+            server.files[name] = bytes(len(content))
+    cases = [
+        ((*remote, "data.cache_gb=0.0001"), "is less than two windows of shards", "data.cache_gb="),
+        (remote, "4 of 8 images read are damaged", "pipeline shards verify"),
+        (("data.root=http://127.0.0.1:9/set", "data.cache=cache"), "127.0.0.1:9", ""),
+    ]
+    for words, said, way_out in cases:
+        patient.words = words
+        report = patient.examined(capsys)
+        assert report["exit_code"] == 3
+        assert [f for f in report["findings"] if said in f["text"] and way_out in f["way_out"]], report["findings"]
 
 
 def test_more_ranks_than_gpus_share_one():
@@ -450,6 +487,7 @@ def test_a_machine_that_is_too_small_is_said():
     assert next(machine.check_open_files(256, shards=256, workers=8)).state == "fault"
     assert next(machine.check_open_files(-1, shards=256, workers=8)).state == "ok"
     assert next(machine.check_memory(1_000_000_000, ranks=2, workers=4)).state == "fault"
+    assert next(machine.check_memory(64_000_000_000, ranks=2, workers=4)).state == "ok"
     assert next(machine.check_processors(4, ranks=4, threads=2, workers=1, cuda=False)).state == "warning"
     assert next(machine.check_processors(16, ranks=8, threads=8, workers=1, cuda=True)).state == "ok"
     assert next(machine.check_clock(0.0, 0.0)).state == "fault"

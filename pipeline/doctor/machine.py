@@ -17,8 +17,8 @@ from pathlib import Path
 from pipeline.doctor.findings import Finding, fault, ok, warning, within
 
 PREFETCHED = 4  # micro-batches that a loading process holds ready (data/loader.py)
-PROCESS_BYTES = 600_000_000  # of a rank on the CPU before its model and images: torch and Lightning alone, measured
-WORKER_BYTES = 250_000_000
+PROCESS_BYTES = 500_000_000  # of its own that a rank has once it has imported everything: 476 MB measured
+WORKER_BYTES = 50_000_000  # a worker is forked from a process that has: 4 MB of its own, and its images
 _SIOCGIFADDR, _SIOCGIFFLAGS, _UP = 0x8915, 0x8913, 1
 _BEGINNING = 1_767_225_600.0  # of 2026: no clock that is right is before this code
 

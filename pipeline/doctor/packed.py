@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.data.dataset import Dataset, Location, open_dataset
+from pipeline.data.dataset import Dataset, Location, awaiting_index, open_dataset
 from pipeline.data.decode import DecodeError
 from pipeline.data.keyed_random import permutation
 from pipeline.data.order import SORTED, WELL_MIXED, Order, shard_mixing, shuffle_quality
@@ -26,7 +26,7 @@ _CONTACTS = 3  # tries of a server, within two seconds
 
 
 class _NotYet(Exception):
-    """What a first start would do now, and the doctor leaves to it."""
+    """An indexing, which a first start would do now, and the doctor leaves to it."""
 
 
 def open_here(location: Location, source: str, scratch: Path) -> tuple[Dataset | None, list[Finding]]:
@@ -37,21 +37,28 @@ def open_here(location: Location, source: str, scratch: Path) -> tuple[Dataset |
             from pipeline.data.writer import write_shards  # 1.5 s to import, needed here alone
 
             write_shards(source, scratch / DIGITS)
-            dataset = open_dataset(Location(str(scratch / DIGITS)))
-            return dataset, [ok("root", f"{root} is made at the first start: {source} are packed in seconds")]
+            return open_dataset(Location(str(scratch / DIGITS))), [
+                ok("root", f"{root} is made at the first start: {source} are packed in seconds")
+            ]
         if not Path(source).exists():
             return None, [fault("root", f"neither data.root = {root} nor data.source = {source} exists",
                                 "give either of them")]  # fmt: skip
         return None, [warning("root", f"{root} is made at the first start from {source}: no image was looked at",
                               f"pack it now: pipeline shards write {source} {root}")]  # fmt: skip
     try:
-        # Its first word about an indexing comes before the indexing.
-        dataset = open_dataset(location, patient=False, say=_not_yet)
+        waiting = awaiting_index(location)
+        dataset: Dataset | None = None
+        # Of a remote set only the opening finds out; its first word about an indexing comes before the indexing.
+        if not waiting:
+            dataset = open_dataset(location, patient=False, say=_not_yet)
     except DataError as error:
         return None, [of_message("root", error)]
-    except _NotYet as word:
-        return None, [warning("root", f"not indexed yet, the first start does it ({word}): no image was looked at",
-                              f"index it now: pipeline shards index {location.root}")]  # fmt: skip
+    except _NotYet:
+        dataset = None
+    if dataset is None:
+        which = f"{waiting} shards are" if waiting else "its shards are"
+        return None, [warning("root", f"{which} not indexed yet, the first start does it: no image was looked at",
+                              f"index them now: pipeline shards index {location.root}")]  # fmt: skip
     return dataset, []
 
 
@@ -168,7 +175,7 @@ def check_images(
 ) -> Iterator[Finding]:
     """A sample of the images of all shards against their hashes. read: raises DecodeError or DataError."""
     until, seen, bad = time.monotonic() + seconds, 0, []
-    orders = [(split, permutation(len(split), key=0)) for split in splits]
+    orders = [(split, _over_shards(split)) for split in splits]
     for turn in range(max((len(order) for _, order in orders), default=0)):
         for split, order in orders:
             if turn >= len(order) or time.monotonic() > until or seen >= most:
@@ -185,6 +192,15 @@ def check_images(
                     f"bring sound copies; `pipeline shards verify {splits[0].root}` names every fault")  # fmt: skip
     else:
         yield ok("images", f"{seen:,} of {total:,} read, and as they were indexed")
+
+
+def _over_shards(split: Split) -> NDArray[np.int64]:
+    """All samples in a fixed random order in which the shards take turns: a few of them are of as many shards."""
+    order = permutation(len(split), key=0)
+    shards = split.shard_S[order]
+    turn = np.empty(len(order), dtype=np.int64)
+    turn[np.argsort(shards, kind="stable")] = np.concatenate([np.arange(n) for n in np.bincount(shards)])
+    return order[np.argsort(turn, kind="stable")]
 
 
 def check_mixing(

@@ -63,14 +63,14 @@ def table(findings: Sequence[Finding]) -> Table:
 
 
 def verdict(findings: Sequence[Finding], seconds: float) -> str:
-    counts = _counts(findings)
-    faults, warnings = counts[FAULT], counts[WARNING]
-    found = ", ".join(
-        f"{count} {word}{'' if count == 1 else 's'}"
-        for count, word in ((faults, "fault"), (warnings, "warning"))
-        if count
-    )
-    return f"{'NO GO' if faults else 'GO'}: {len(findings)} findings in {seconds:.1f} s{f', {found}' if found else ''}"
+    """The last line, in which what was wrong is named again: the table may have scrolled away."""
+    parts = []
+    for state, word in ((FAULT, "fault"), (WARNING, "warning")):
+        named = [finding.name for finding in findings if finding.state == state]
+        if named:
+            parts.append(f"{len(named)} {word}{'s' if named[1:] else ''} ({', '.join(dict.fromkeys(named))})")
+    parts.append(f"{len(findings)} findings in {seconds:.1f} s")
+    return f"{'NO GO' if exit_code(findings) else 'GO'}: {', '.join(parts)}"
 
 
 def _counts(findings: Sequence[Finding]) -> dict[str, int]:
