@@ -275,7 +275,7 @@ def test_a_run_that_has_begun_is_judged_by_its_own_config(patient, capsys):
     texts = [f["text"] for f in json.loads(capsys.readouterr().out)["findings"]]
     assert code == 0
     assert "a start goes on from step-00000007.ckpt, which is whole" in texts
-    assert any(text.startswith("mine: 1 starts") for text in texts)
+    assert any(text.startswith("mine: 1 start, ") for text in texts)
 
 
 def test_the_table_says_what_json_says_and_ends_in_a_verdict(patient, capsys):
@@ -524,6 +524,6 @@ def test_a_step_is_measured_within_its_time_and_no_larger_than_the_share():
     taken: list[int] = []
     measured = MEASURED(taken.append, most=12, budget=0.05)
     assert max(taken) == measured.images == 12
-    step, run = pace.check_pace(pace.Pace(10, 0.1, 5), 1000, 3, 3000, 2, "cpu")
+    step, run = pace.check_pace(pace.Pace(10, 0.1, 5), images=1000, steps=30, batch=100, world=2, device="cpu")
     assert "100 images/s, 8.64 million a day; on this machine, one process" in step.text
-    assert "an epoch takes 10 s, the run (trainer.max_epochs = 3) 30 s by one process, 15 s by 2" in run.text
+    assert "an epoch takes 10 s, the run of 30 steps 30 s by one process, 15 s by 2" in run.text

@@ -58,7 +58,15 @@ def check_statistics(cut: Cut, normalized: bool) -> Iterator[Finding]:
     group = cut.group or cut.world
     least = cut.sizes(cut.pieces - 1)
     seen = [sum(least[first : first + group]) for first in range(0, cut.world, group)]
-    who = "all ranks" if group == cut.world else f"groups of {group} ranks" if group > 1 else "each rank for itself"
+    who = (
+        "one process"
+        if cut.world == 1
+        else "all ranks"
+        if group == cut.world
+        else f"groups of {group} ranks"
+        if group > 1
+        else "each rank for itself"
+    )
     text = f"over {min(seen)}{f' to {max(seen)}' if max(seen) > min(seen) else ''} images, {who}"
     if cut.pieces > 1:
         text += ": those of a micro-batch, not of the global batch"

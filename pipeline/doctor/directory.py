@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from pipeline.config import Config, ConfigError
-from pipeline.doctor.findings import Finding, fault, of_message, ok, warning
+from pipeline.doctor.findings import Finding, counted, fault, of_message, ok, warning
 from pipeline.launch.lock import LOCK, STALE_AFTER, Holder, LockedError, locked
 from pipeline.launch.plan import CONFIG, RECORD, STARTED, newest_step, read_record, refuse_crash_loop
 from pipeline.training.checkpoint import newest
@@ -132,7 +132,10 @@ def check_run(config: Config, differences: Sequence[str]) -> Iterator[Finding]:
     last = record.starts[-1] if record.starts else {}
     ended = last.get("ended", "goes on, or was killed")
     step = newest_step(directory)
-    yield ok("run", f"{config.run.id}: {len(record.starts)} starts, the last {ended}; newest checkpoint: step {step}")
+    yield ok(
+        "run",
+        f"{config.run.id}: {counted(len(record.starts), 'start')}, the last {ended}; newest checkpoint: step {step}",
+    )
     try:
         refuse_crash_loop(config, record, step)
     except ConfigError as error:

@@ -317,6 +317,9 @@ def _pace(p: _Patient) -> Iterator[Finding]:
         measured = pace.measured(step, max(1, *p.cut.sizes(0)), PACE_SECONDS)
     finally:
         torch.set_num_threads(threads)
-    batch = c.data.global_batch_size
-    total = arithmetic.total_steps(batch, p.images, c.trainer.max_epochs, c.trainer.max_steps) * batch
-    yield from pace.check_pace(measured, p.images, c.trainer.max_epochs, total, c.world, device)
+    batch, load, cores = c.data.global_batch_size, os.getloadavg()[0], machine.available_cores()
+    yield from pace.check_pace(
+        measured, images=p.images, batch=batch, world=c.world, device=device,
+        steps=arithmetic.total_steps(batch, p.images, c.trainer.max_epochs, c.trainer.max_steps),
+        busy=f" (busy otherwise: load {load:.1f} on {cores:g} cores)" if load > cores else "",
+    )  # fmt: skip

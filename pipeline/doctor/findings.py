@@ -42,6 +42,11 @@ def of_message(name: str, message: object, state: str = FAULT) -> Finding:
     return Finding(name, state, text, way_out if semicolon else "see `pipeline train --help`")
 
 
+def counted(number: int, word: str) -> str:
+    """1 rank, 2 ranks."""
+    return f"{number:,} {word}{'' if number == 1 else 's'}"
+
+
 def guarded(section: str, name: str, check: Callable[[], Iterable[Finding]]) -> list[Finding]:
     """What a check finds, in its section. One that crashes is a fault of its own name, never a traceback."""
     try:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from fcntl import ioctl
 from pathlib import Path
 
-from pipeline.doctor.findings import Finding, fault, ok, warning, within
+from pipeline.doctor.findings import Finding, counted, fault, ok, warning, within
 
 PREFETCHED = 4  # micro-batches that a loading process holds ready (data/loader.py)
 PROCESS_BYTES = 500_000_000  # of its own that a rank has once it has imported everything: 476 MB measured
@@ -58,7 +58,8 @@ def check_shared_memory(ranks: int, workers: int, batch_bytes: int, gpus: int, p
                         "mount it, or set cluster.workers=0")  # fmt: skip
         return
     size = status.f_blocks * status.f_frsize
-    text = f"{place} has {_bytes(size)}, {ranks} x {workers} workers use up to {_bytes(needed)}"
+    use = f"{ranks} x {workers} workers use up to {_bytes(needed)}" if workers else "no workers need it"
+    text = f"{place} has {_bytes(size)}, {use}"
     if size < needed:
         yield fault("shared memory", text,
                     "docker run --ipc=host or --shm-size=8g, or lower cluster.workers")  # fmt: skip
@@ -94,7 +95,7 @@ def check_memory(available: int, ranks: int, workers: int) -> Iterator[Finding]:
 def check_processors(cores: float, ranks: int, threads: int, workers: int, cuda: bool) -> Iterator[Finding]:
     """Cores against what computes at once. cuda: the threads of a rank then wait for a GPU."""
     busy = ranks * ((1 if cuda else threads) + workers)
-    text = f"{cores:g} cores; {ranks} ranks x ({threads} {'thread' if threads == 1 else 'threads'} + {workers} workers)"
+    text = f"{cores:g} cores; {counted(ranks, 'rank')} x ({counted(threads, 'thread')} + {counted(workers, 'worker')})"
     if busy > cores:
         yield warning("processors", f"{text}: more than there are", "lower cluster.workers, trainer.threads or "
                       "cluster.devices")  # fmt: skip

@@ -74,17 +74,18 @@ def stepper(classifier: Classifier, *, image_size: int, classes: int, device: st
     return step
 
 
-def check_pace(pace: Pace, images: int, max_epochs: int, total_images: int, world: int, device: str
+def check_pace(pace: Pace, *, images: int, steps: int, batch: int, world: int, device: str, busy: str = ""
                ) -> Iterator[Finding]:  # fmt: skip
-    """What a measured step means for the run. images: of an epoch; total_images: of the run."""
-    rate = pace.images_per_s
-    yield ok("step", f"{pace.images} images in {pace.seconds * 1000:.3g} ms (median of {pace.repeats}): {rate:,.3g} "
-             f"images/s, {_count(rate * 86400)} a day; on this machine, one process, {device}, without loading"
-    )  # fmt: skip
-    epochs = f"trainer.max_epochs = {max_epochs}" if max_epochs >= 0 else "trainer.max_steps"
-    text = f"an epoch takes {_time(images / rate)}, the run ({epochs}) {_time(total_images / rate)}"
+    """What a measured step means for the run. images: of an epoch; steps: of the run; busy: what else goes on here."""
+    rate, seconds = pace.images_per_s, pace.seconds
+    took = f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1000:.3g} ms"
+    yield ok("step", f"{pace.images} images in {took} (median of {pace.repeats}): {rate:,.3g} images/s, "
+             f"{_count(rate * 86400)} a day; on this machine{busy}, one process, {device}, without loading"
+             )  # fmt: skip
+    total = steps * batch / rate
+    text = f"an epoch takes {_time(images / rate)}, the run of {steps:,} steps {_time(total)}"
     if world > 1:
-        text += f" by one process, {_time(total_images / rate / world)} by {world} that cost each other nothing"
+        text += f" by one process, {_time(total / world)} by {world} that cost each other nothing"
     yield ok("time", text)
 
 
