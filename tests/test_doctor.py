@@ -7,11 +7,13 @@ import os
 import shutil
 import socket
 import subprocess
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import ANY
 
 import pytest
 import torch
@@ -20,7 +22,7 @@ import wandb
 from pipeline import cli
 from pipeline.cli.settling import settled
 from pipeline.config import Config, compose_config, identity
-from pipeline.data.shards import index_path, read_index
+from pipeline.data.shards import index_path, read_index, read_manifest, write_manifest
 from pipeline.data.split import table_path
 from pipeline.doctor import arithmetic, directory, examination, machine, pace, packed, slurm, versions
 from pipeline.doctor.composition import compose
@@ -30,7 +32,7 @@ from pipeline.launch.plan import RECORD, STARTED, close_run, open_run
 from pipeline.training.checkpoint_io import write_checkpoint
 from pipeline.training.schedule import Schedule
 from tests.callbacks.wandb_server import KEY, WandbServer
-from tests.data.faulty_server import faulty_server
+from tests.data.faulty_server import Fault, faulty_server
 
 SMALL = ("data=folder", "data.global_batch_size=24", "data.image_size=16", "model.stem=small", "model.width=0.125",
          "cluster.accelerator=cpu", "trainer.max_epochs=2", "trainer.threads=1")  # fmt: skip
@@ -75,6 +77,11 @@ def patient(shards, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)  # no Slurm, whatever this machine has
     wandb.teardown()  # which keeps the server's address of an earlier test
     return Patient(Path(shutil.copytree(shards, tmp_path / "shards")), monkeypatch)
+
+
+def no_validation_images(p: Patient) -> None:
+    whole = read_manifest(p.shards)
+    write_manifest(p.shards, whole.classes, {"train": whole.splits["train"]}, whole.samples, whole.plan)
 
 
 def missing_shard(p: Patient) -> None:
@@ -206,6 +213,8 @@ PLANTED = [
     (typed("data.root=nowhere"), 3, "fault", "data.root = nowhere does not exist", "pipeline shards write SOURCE"),
     (typed("cluster.accelerator=cuda", "cluster.devices=4"), 2, "fault", "cluster.devices = 4, and", "nvidia-smi"),
     (typed("tracking.mode=online"), 2, "fault", "tracking.mode = online, and there is no key", "set WANDB_API_KEY"),
+    (no_validation_images, 3, "fault", "has no split 'val'", "--holdout 0.1"),
+    (typed("data.source=digits", "data.root=/proc/none"), 3, "fault", "/proc/none cannot be made", "give a"),
     (missing_shard, 3, "fault", "lacks train-000001.tar", "bring the shards back"),
     (truncated_shard, 3, "fault", "train-000001.tar has 5000 bytes", "pipeline shards verify"),
     (flipped_byte, 3, "fault", "1 of 165 images read are damaged", "bring sound copies"),
@@ -333,7 +342,7 @@ def test_a_check_that_crashes_is_a_fault_of_its_name_without_secrets(monkeypatch
 
 def test_what_takes_too_long_is_left_to_itself():
     with pytest.raises(TimeoutError, match="no answer within"):
-        within(0.05, lambda: __import__("time").sleep(5))
+        within(0.05, lambda: time.sleep(5))
     assert within(5, lambda: 3) == 3
 
 
@@ -457,6 +466,17 @@ def test_a_remote_set_is_judged_by_its_tables_and_a_few_images(patient, capsys, 
     assert not list(Path("cache").rglob("*.tar"))
 
 
+def test_a_server_that_keeps_silent_costs_no_more_than_its_time(patient, capsys, server):
+    server.fail("/set/dataset.json", Fault(delay=30), forever=True)
+    patient.patch.setattr(packed, "REMOTE_SECONDS", 0.3)
+    patient.words = (f"data.root={server.url}/set", "data.cache=cache")
+    report = patient.examined(capsys)
+    (found,) = [f for f in report["findings"] if f["name"] == "root"]
+    assert (found["state"], report["exit_code"]) == ("fault", 3)
+    assert "no answer within 0.3 s" in found["text"]
+    assert "credentials" in found["way_out"]
+
+
 def test_faults_of_a_remote_set_are_found_in_seconds(patient, capsys, server):
     remote = (f"data.root={server.url}/set", "data.cache=cache", "data.window=2")
     for name, content in server.files.items():
@@ -524,6 +544,7 @@ def test_a_step_is_measured_within_its_time_and_no_larger_than_the_share():
     taken: list[int] = []
     measured = MEASURED(taken.append, most=12, budget=0.05)
     assert max(taken) == measured.images == 12
+    assert MEASURED(lambda images: time.sleep(0.2), most=12, budget=0.1) == pace.Pace(2, ANY, 1)
     step, run = pace.check_pace(pace.Pace(10, 0.1, 5), images=1000, steps=30, batch=100, world=2, device="cpu")
     assert "100 images/s, 8.64 million a day; on this machine, one process" in step.text
     assert "an epoch takes 10 s, the run of 30 steps 30 s by one process, 15 s by 2" in run.text

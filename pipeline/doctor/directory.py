@@ -92,6 +92,8 @@ def check_space(directory: Path, size: int, keep: int) -> Iterator[Finding]:
     except OSError as error:
         yield fault("space", f"{existing(directory)}: {error.strerror}", _ELSEWHERE)
         return
+    if not status.f_blocks:
+        return  # no disk at all: that it cannot be written is said already
     free = status.f_bavail * status.f_frsize
     there = sum(path.stat().st_size for path in (directory / "checkpoints").glob("*.ckpt"))
     needed = max(0, size * (keep + 2) - there) + 50_000_000  # and journal, logs, W&B's segments

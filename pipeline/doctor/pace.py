@@ -40,7 +40,9 @@ def measured(step: Callable[[int], None], most: int, budget: float = 2.0) -> Pac
     """Pace of step(images), of as many images as the time allows; most: images of a rank's micro-batch."""
     began = time.perf_counter()
     images = min(2, most)
-    step(images)  # the first one takes longer
+    first = _timed(step, images)
+    if first > budget / 2:  # a large network on a small machine: the first step has to do, though it takes longer
+        return Pace(images, first, 1)
     seconds = _timed(step, images)
     left = budget - (time.perf_counter() - began)
     fitting = max(images, min(most, int(images * left / 4 / seconds)))

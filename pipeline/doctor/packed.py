@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -19,9 +20,13 @@ from pipeline.data.remote import Remote
 from pipeline.data.shards import DataError, Manifest, ShardEntry, payload_digest, read_index
 from pipeline.data.sources import DIGITS
 from pipeline.data.split import Split
-from pipeline.doctor.findings import Finding, fault, of_message, ok, warning
+from pipeline.doctor.directory import existing
+from pipeline.doctor.findings import Finding, fault, of_message, ok, warning, within
 
 SHOWN = 3  # names in a line
+REMOTE_SECONDS = (
+    15.0  # for manifest and tables: where credentials are looked for in vain a start takes most of a minute
+)
 _CONTACTS = 3  # tries of a server, within two seconds
 
 
@@ -33,6 +38,12 @@ def open_here(location: Location, source: str, scratch: Path) -> tuple[Dataset |
     """The data set, if it can be had without work that takes long; digits are packed into a scratch directory."""
     root = Path(location.root)
     if source and not location.is_remote and not root.exists():
+        try:
+            with tempfile.TemporaryDirectory(prefix=".doctor-", dir=existing(root)):
+                pass
+        except OSError as error:
+            return None, [fault("root", f"data.root = {root} cannot be made: {error.strerror}",
+                                "give a directory that can be written")]  # fmt: skip
         if source == DIGITS:
             from pipeline.data.writer import write_shards  # 1.5 s to import, needed here alone
 
@@ -50,9 +61,12 @@ def open_here(location: Location, source: str, scratch: Path) -> tuple[Dataset |
         dataset: Dataset | None = None
         # Of a remote set only the opening finds out; its first word about an indexing comes before the indexing.
         if not waiting:
-            dataset = open_dataset(location, patient=False, say=_not_yet)
+            dataset = _opened(location)
     except DataError as error:
         return None, [of_message("root", error)]
+    except TimeoutError as error:
+        return None, [fault("root", f"{location.root} cannot be opened: {error}",
+                            "see the server, the network, and credentials (AWS_*, GOOGLE_*)")]  # fmt: skip
     except _NotYet:
         dataset = None
     if dataset is None:
@@ -60,6 +74,13 @@ def open_here(location: Location, source: str, scratch: Path) -> tuple[Dataset |
         return None, [warning("root", f"{which} not indexed yet, the first start does it: no image was looked at",
                               f"index them now: pipeline shards index {location.root}")]  # fmt: skip
     return dataset, []
+
+
+def _opened(location: Location) -> Dataset:
+    def opened() -> Dataset:
+        return open_dataset(location, patient=False, say=_not_yet)
+
+    return within(REMOTE_SECONDS, opened) if location.is_remote else opened()
 
 
 def _not_yet(word: str) -> None:
