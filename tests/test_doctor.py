@@ -340,6 +340,21 @@ def test_a_check_that_crashes_is_a_fault_of_its_name_without_secrets(monkeypatch
     assert found.text == "the check itself failed: RuntimeError: broke on ***"
 
 
+def test_a_password_in_a_url_is_shown_nowhere(patient, capsys):
+    patient.words = ("data.root=https://me:hunter22@host.invalid/set?sig=hunter23",)
+    report = json.dumps(patient.examined(capsys))
+    assert "://***@host.invalid/set?***" in report
+    assert "hunter" not in report
+
+
+def test_findings_before_a_crash_stay(patient, capsys):
+    patient.patch.setattr(examination, "_by_slurm", lambda config: 1 / 0)
+    report = patient.examined(capsys)
+    assert "130 train, 35 val images in 5 classes" in [f["text"] for f in report["findings"]]
+    assert report["findings"][-1]["text"].startswith("the check itself failed: ZeroDivisionError")
+    assert report["exit_code"] == 2
+
+
 def test_what_takes_too_long_is_left_to_itself():
     with pytest.raises(TimeoutError, match="no answer within"):
         within(0.05, lambda: time.sleep(5))
@@ -544,7 +559,10 @@ def test_a_step_is_measured_within_its_time_and_no_larger_than_the_share():
     taken: list[int] = []
     measured = MEASURED(taken.append, most=12, budget=0.05)
     assert max(taken) == measured.images == 12
-    assert MEASURED(lambda images: time.sleep(0.2), most=12, budget=0.1) == pace.Pace(2, ANY, 1)
+    assert MEASURED(lambda images: time.sleep(0.2), most=12, budget=0.1) == pace.Pace(2, ANY, 0)
     step, run = pace.check_pace(pace.Pace(10, 0.1, 5), images=1000, steps=30, batch=100, world=2, device="cpu")
     assert "100 images/s, 8.64 million a day; on this machine, one process" in step.text
     assert "an epoch takes 10 s, the run of 30 steps 30 s by one process, 15 s by 2" in run.text
+    step, run = pace.check_pace(pace.Pace(2, 0.5, 0), images=1000, steps=30, batch=100, world=1, device="cpu")
+    assert "the first one, later ones take less): at least 4 images/s" in step.text
+    assert "an epoch takes at most 4.2 min" in run.text

@@ -50,7 +50,7 @@ def doctor(options: argparse.Namespace) -> int:
 
 
 def _findings(words: list[str], say: Callable[[str], None]) -> list[Finding]:
-    from pipeline.doctor.findings import FAULT, guarded
+    from pipeline.doctor.findings import guarded
     from pipeline.doctor.versions import check_versions, malicious, requirements
 
     say("versions")
@@ -63,9 +63,8 @@ def _findings(words: list[str], say: Callable[[str], None]) -> list[Finding]:
     def rest() -> list[Finding]:
         from pipeline.doctor.examination import examine  # torch and Lightning: seconds, and broken ones end here
 
-        examined.extend(examine(words, say))
+        examined.extend(examine(words, say))  # those before a crash stay
         return []
 
-    found += guarded("versions", "import", rest)
-    order = [f for f in found if f.state != FAULT] + examined
-    return [*(f for f in found if f.state == FAULT), *order]
+    crash = guarded("versions", "examination", rest)
+    return [*found, *examined, *crash]

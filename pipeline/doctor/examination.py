@@ -82,8 +82,8 @@ class _Patient:
         return max(1, (os.cpu_count() or 1) // self.config.cluster.devices - 1) if self.cuda else 0
 
 
-def examine(words: Sequence[str], say: Callable[[str], None] = lambda text: None) -> list[Finding]:
-    """All findings of a run. say: told what is being looked at."""
+def examine(words: Sequence[str], say: Callable[[str], None] = lambda text: None) -> Iterator[Finding]:
+    """All findings of a run, as they come. say: told what is being looked at."""
     config: list[Config] = []
 
     def composition() -> list[Finding]:
@@ -92,15 +92,14 @@ def examine(words: Sequence[str], say: Callable[[str], None] = lambda text: None
         return found
 
     say("config")
-    found = guarded("config", "config", composition)
+    yield from guarded("config", "config", composition)
     if not config:
-        return found + guarded("machine", "temporary files", lambda: machine.check_temporary(os.environ))
+        yield from guarded("machine", "temporary files", lambda: machine.check_temporary(os.environ))
+        return
     with tempfile.TemporaryDirectory(prefix="pipeline-doctor-", ignore_cleanup_errors=True) as scratch:
-        patient = _Patient(config[0], Path(scratch))
-        for section, name, check in _checks(patient):
+        for section, name, check in _checks(_Patient(config[0], Path(scratch))):
             say(name)
-            found += guarded(section, name, check)
-    return found
+            yield from guarded(section, name, check)
 
 
 def _checks(p: _Patient) -> Iterator[Check]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -10,6 +11,7 @@ from typing import TypeVar
 
 OK, WARNING, FAULT = "ok", "warning", "fault"
 _SECRET = ("KEY", "TOKEN", "SECRET", "PASSWORD")  # in the name of a variable whose value is never shown
+_USER, _QUERY = re.compile(r"(://)[^/\s@]+@"), re.compile(r"(://[^\s?'\"]*)\?[^\s'\"]+")
 T = TypeVar("T")
 
 
@@ -60,11 +62,11 @@ def guarded(section: str, name: str, check: Callable[[], Iterable[Finding]]) -> 
 
 
 def without_secrets(text: str) -> str:
-    """The text with the values of secret variables of the environment blackened, should one have come into it."""
+    """The text without values of secret variables of the environment, and without what a URL may hold of them."""
     for name, value in os.environ.items():
         if len(value) >= 8 and any(word in name.upper() for word in _SECRET):
             text = text.replace(value, "***")
-    return text
+    return _QUERY.sub(r"\1?***", _USER.sub(r"\1***@", text))
 
 
 def within(seconds: float, action: Callable[[], T]) -> T:

@@ -18,7 +18,10 @@ from pipeline.training.classifier import Classifier
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """images: of the step that was timed. seconds: it took. repeats: steps of which that is the median."""
+    """images: of the step that was timed. seconds: it took. repeats: steps of which that is the median; 0 = the first.
+
+    The first step takes longer than those after it: memory is asked for, and kernels are chosen.
+    """
 
     images: int
     seconds: float
@@ -41,8 +44,8 @@ def measured(step: Callable[[int], None], most: int, budget: float = 2.0) -> Pac
     began = time.perf_counter()
     images = min(2, most)
     first = _timed(step, images)
-    if first > budget / 2:  # a large network on a small machine: the first step has to do, though it takes longer
-        return Pace(images, first, 1)
+    if first > budget / 2:  # a large network on a small machine: the first step has to do
+        return Pace(images, first, 0)
     seconds = _timed(step, images)
     left = budget - (time.perf_counter() - began)
     fitting = max(images, min(most, int(images * left / 4 / seconds)))
@@ -81,13 +84,15 @@ def check_pace(pace: Pace, *, images: int, steps: int, batch: int, world: int, d
     """What a measured step means for the run. images: of an epoch; steps: of the run; busy: what else goes on here."""
     rate, seconds = pace.images_per_s, pace.seconds
     took = f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1000:.3g} ms"
-    yield ok("step", f"{pace.images} images in {took} (median of {pace.repeats}): {rate:,.3g} images/s, "
+    how = f"median of {pace.repeats}" if pace.repeats else "the first one, later ones take less"
+    least, most = ("", "") if pace.repeats else ("at least ", "at most ")
+    yield ok("step", f"{pace.images} images in {took} ({how}): {least}{rate:,.3g} images/s, "
              f"{_count(rate * 86400)} a day; on this machine{busy}, one process, {device}, without loading"
              )  # fmt: skip
     total = steps * batch / rate
-    text = f"an epoch takes {_time(images / rate)}, the run of {steps:,} steps {_time(total)}"
+    text = f"an epoch takes {most}{_time(images / rate)}, the run of {steps:,} steps {most}{_time(total)}"
     if world > 1:
-        text += f" by one process, {_time(total / world)} by {world} that cost each other nothing"
+        text += f" by one process, {most}{_time(total / world)} by {world} that cost each other nothing"
     yield ok("time", text)
 
 
