@@ -7,6 +7,7 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -272,6 +273,7 @@ def test_a_healthy_run_has_no_fault_and_nothing_is_left_behind(patient, capsys, 
 def test_digits_need_not_be_packed_to_be_judged(patient, capsys, tmp_path):
     assert cli.main(["doctor", "--json", "recipe=smoke", "data=digits", "cluster.accelerator=cpu"]) == 0
     texts = [f["text"] for f in json.loads(capsys.readouterr().out)["findings"]]
+    assert "bn_inception, 641,770 parameters" in texts  # the digits' ten classes are known
     assert any("1,437 train, 360 val images in 10 classes" in text for text in texts)
     assert any("44 steps an epoch, 8 steps and 256 images in all" in text for text in texts)
     assert not (tmp_path / "shards" / "digits").exists()
@@ -294,6 +296,17 @@ def test_the_table_says_what_json_says_and_ends_in_a_verdict(patient, capsys):
     assert "data.global_batch_size = 500 exceeds" in output
     assert "-> lower it to 130" in output
     assert output.strip().splitlines()[-1].startswith("NO GO: ")
+
+
+def test_an_installation_without_rich_is_told_what_it_lacks(patient, capsys):
+    real = versions.metadata.requires
+    patient.patch.setattr(versions.metadata, "requires", lambda name: [*(real(name) or []), "not-there>=3"])
+    for name in ("rich.console", "pipeline.doctor.table"):
+        patient.patch.setitem(sys.modules, name, None)
+    assert cli.main(["doctor", *SMALL, f"data.root={patient.shards}"]) == 2
+    output = capsys.readouterr().out
+    assert "fault    not-there: not-there is not installed, not-there>=3 is required -> pip install" in output
+    assert output.strip().splitlines()[-1].startswith("NO GO: 1")
 
 
 def test_all_mistyped_words_are_found_at_once():

@@ -7,7 +7,7 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from pipeline.cli.options import add_verb
@@ -30,23 +30,47 @@ def add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
 
 
 def doctor(options: argparse.Namespace) -> int:
-    from rich.console import Console
-
     from pipeline.doctor import report
 
     began = time.monotonic()
-    errors = Console(stderr=True)
-    status = errors.status("looking", spinner="line") if errors.is_terminal else contextlib.nullcontext()
-    with status as shown, contextlib.redirect_stdout(sys.stderr):  # stdout is for the report alone
-        found = _findings(options.words, lambda name: shown.update(f"looking at: {name}") if shown else None)
+    with _status() as say, contextlib.redirect_stdout(sys.stderr):  # stdout is for the report alone
+        found = _findings(options.words, say)
     seconds = time.monotonic() - began
     if options.json:
         print(json.dumps(report.as_json(options.words, found, seconds), indent=2))
     else:
-        console = Console(highlight=False)
-        console.print(report.table(found))
-        console.print(report.verdict(found, seconds), style="bold", markup=False)
+        _print_table(found)
+        print(report.verdict(found, seconds))
     return report.exit_code(found)
+
+
+def _print_table(found: list[Finding]) -> None:
+    try:
+        from rich.console import Console
+
+        from pipeline.doctor.table import table
+    except ImportError:  # a fault that the table is to tell of
+        from pipeline.doctor.report import lines
+
+        print("\n".join(lines(found)))
+        return
+    Console(highlight=False).print(table(found))
+
+
+@contextlib.contextmanager
+def _status() -> Iterator[Callable[[str], None]]:
+    """What is being looked at, on the terminal while it lasts."""
+    try:
+        from rich.console import Console
+    except ImportError:
+        yield lambda name: None
+        return
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda name: None
+        return
+    with console.status("looking", spinner="line") as status:
+        yield lambda name: status.update(f"looking at: {name}")
 
 
 def _findings(words: list[str], say: Callable[[str], None]) -> list[Finding]:

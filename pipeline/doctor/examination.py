@@ -104,9 +104,9 @@ def examine(words: Sequence[str], say: Callable[[str], None] = lambda text: None
 
 def _checks(p: _Patient) -> Iterator[Check]:
     """Every check; those that need what another has found come only where it has."""
-    yield "config", "model", lambda: _model(p)
     yield "versions", "JPEG extension", lambda: versions.check_decoder(p.config.data.decoder, DECODER == REGIONS)
     yield from _data_checks(p)
+    yield "arithmetic", "model", lambda: _model(p)  # whose size depends on the classes of the data
     yield from _arithmetic_checks(p)
     yield from _directory_checks(p)
     yield "tracking", "W&B", lambda: _tracking(p.config)
@@ -245,7 +245,7 @@ def _model(p: _Patient) -> Iterator[Finding]:
     try:
         check_name(p.config.model.name)
         with torch.device("meta"):
-            p.model = build_model(completed(p.config, data={"num_classes": p.config.data.num_classes or 1000}))
+            p.model = build_model(completed(p.config, data={"num_classes": p.classes or 1000}))
     except (ConfigError, ValueError) as error:
         yield of_message("model", error)
         return

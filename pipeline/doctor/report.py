@@ -1,4 +1,4 @@
-"""The table of an examination, and the same for machines.
+"""The verdict of an examination, and all of it for machines and for terminals without rich.
 
 The JSON object (schema 1) holds: schema; version, of pipeline; words, as they were typed; verdict, go or no-go;
 exit_code; seconds; counts, with ok, warning and fault; and findings, a list of section, name, state (ok, warning,
@@ -13,16 +13,11 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from rich import box
-from rich.table import Table
-from rich.text import Text
-
 from pipeline import __version__
 from pipeline.doctor.findings import FAULT, OK, WARNING, Finding, without_secrets
 
 SCHEMA = 1
 GO, ENVIRONMENT, DATA = 0, 2, 3
-_STYLE = {OK: "green", WARNING: "yellow", FAULT: "bold red"}
 
 
 def exit_code(findings: Sequence[Finding]) -> int:
@@ -45,21 +40,9 @@ def as_json(words: Sequence[str], findings: Sequence[Finding], seconds: float) -
     }
 
 
-def table(findings: Sequence[Finding]) -> Table:
-    """Sections one under another; a way out stands below what it is for."""
-    made = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, expand=False)
-    for name in ("", "check", "found"):
-        made.add_column(name, overflow="fold", no_wrap=name == "")
-    section = ""
-    for finding in findings:
-        if section and finding.section != section:
-            made.add_section()
-        section = finding.section
-        line = Text(finding.text)
-        if finding.way_out:
-            line.append(f"\n-> {finding.way_out}", _STYLE[finding.state])
-        made.add_row(Text(finding.state, _STYLE[finding.state]), Text(finding.name), line)
-    return made
+def lines(findings: Sequence[Finding]) -> list[str]:
+    """A line a finding, its way out behind it."""
+    return [f"{f.state:8} {f.name}: {f.text}{f' -> {f.way_out}' if f.way_out else ''}" for f in findings]
 
 
 def verdict(findings: Sequence[Finding], seconds: float) -> str:
