@@ -223,6 +223,7 @@ def last_position_on_server(place: WandbPlace, *, seconds: float) -> int:
         tail = json.loads(bucket.get("historyTail") or "[]")
         return int(json.loads(tail[-1])["_step"]) if tail else -1
     except urllib.error.HTTPError as error:
+        error.close()
         refused = "; is the key right? (WANDB_API_KEY, or `wandb login`)" if error.code in (401, 403) else ""
         raise ServerError(f"{url} answers with status {error.code}{refused}") from None
     except OSError as error:

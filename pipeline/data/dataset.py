@@ -186,6 +186,15 @@ def open_dataset(
     return Dataset(location, directory, read_manifest(directory))
 
 
+def awaiting_index(location: Location) -> int:
+    """How many shards of a local data set an `open_dataset` would index first; 0 = none. Raises DataError."""
+    root = Path(location.root)
+    packed = (root / MANIFEST).exists() and not (location.train or location.val)
+    if location.is_remote or packed or not root.is_dir() or (_index_directory(location, root) / MANIFEST).exists():
+        return 0
+    return sum(len(shards) for shards in _found(location)[0].values())
+
+
 def _open_remote(
     location: Location, workers: int, again: bool, patient: bool, progress: Progress, say: Callable[[str], None]
 ) -> Dataset:

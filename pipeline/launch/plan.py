@@ -65,7 +65,7 @@ def open_run(config: Config) -> Config:
     try:
         record = read_record(directory) if (directory / RECORD).exists() else RunRecord(wandb_id=secrets.token_hex(4))
         step = newest_step(directory)
-        _refuse_crash_loop(config, record, step)
+        refuse_crash_loop(config, record, step)
         _write(directory / CONFIG, to_yaml(config))
         now = datetime.now(tz=UTC).isoformat(timespec="seconds")
         record.starts.append({"at": now, "step": step, **_circumstance(config)})
@@ -99,7 +99,8 @@ def newest_step(directory: Path) -> int:
     return max((int(step) for step in steps if step.isdigit()), default=0)
 
 
-def _refuse_crash_loop(config: Config, record: RunRecord, step: int) -> None:
+def refuse_crash_loop(config: Config, record: RunRecord, step: int) -> None:
+    """Raises ConfigError where the last starts of a run all failed at this step."""
     allowed = config.run.stalled_starts
     last = record.starts[-allowed:] if allowed else []
     if len(last) < max(allowed, 1) or any(s.get("ended") in ("done", "interrupted") for s in last):

@@ -1,0 +1,90 @@
+"""What a check has found: a name, a state, a line, and from a fault the way out."""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+OK, WARNING, FAULT = "ok", "warning", "fault"
+_SECRET = ("KEY", "TOKEN", "SECRET", "PASSWORD")  # in the name of a variable whose value is never shown
+_USER, _QUERY = re.compile(r"(://)[^/\s@]+@"), re.compile(r"(://[^\s?'\"]*)\?[^\s'\"]+")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line of the table. section: config, versions, data, arithmetic, directory, tracking, machine, slurm, pace."""
+
+    name: str
+    state: str  # ok, warning or fault
+    text: str
+    way_out: str = ""
+    section: str = ""
+
+
+def ok(name: str, text: str) -> Finding:
+    return Finding(name, OK, text)
+
+
+def warning(name: str, text: str, way_out: str) -> Finding:
+    return Finding(name, WARNING, text, way_out)
+
+
+def fault(name: str, text: str, way_out: str) -> Finding:
+    return Finding(name, FAULT, text, way_out)
+
+
+def of_message(name: str, message: object, state: str = FAULT) -> Finding:
+    """The finding of an error of ours, whose line is `what is wrong; way out`."""
+    text, semicolon, way_out = str(message).strip().partition("; ")
+    return Finding(name, state, text, way_out if semicolon else "see `pipeline train --help`")
+
+
+def counted(number: int, word: str) -> str:
+    """1 rank, 2 ranks."""
+    return f"{number:,} {word}{'' if number == 1 else 's'}"
+
+
+def guarded(section: str, name: str, check: Callable[[], Iterable[Finding]]) -> list[Finding]:
+    """What a check finds, in its section. One that crashes is a fault of its own name, never a traceback."""
+    try:
+        found = list(check())
+    except Exception as error:
+        lines = str(error).strip().splitlines() or ["no more is known"]
+        found = [fault(name, f"the check itself failed: {type(error).__name__}: {lines[0][:200]}",
+                       "look at what it names; the other checks stand")]  # fmt: skip
+    return [replace(f, section=section, text=without_secrets(f.text), way_out=without_secrets(f.way_out))
+            for f in found]  # fmt: skip
+
+
+def without_secrets(text: str) -> str:
+    """The text without values of secret variables of the environment, and without what a URL may hold of them."""
+    for name, value in os.environ.items():
+        if len(value) >= 8 and any(word in name.upper() for word in _SECRET):
+            text = text.replace(value, "***")
+    return _QUERY.sub(r"\1?***", _USER.sub(r"\1***@", text))
+
+
+def within(seconds: float, action: Callable[[], T]) -> T:
+    """What an action returns or raises. Raises TimeoutError where it takes longer: it is left to itself then."""
+    results: list[T] = []
+    errors: list[Exception] = []
+
+    def act() -> None:
+        try:
+            results.append(action())
+        except Exception as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=act, daemon=True)  # which does not keep the process from ending
+    thread.start()
+    thread.join(seconds)
+    if errors:
+        raise errors[0]
+    if not results:
+        raise TimeoutError(f"no answer within {seconds:g} s")
+    return results[0]
