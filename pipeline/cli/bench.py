@@ -40,7 +40,10 @@ def add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     p.add_argument("--samples", type=none_or_more, nargs="+", default=[0], metavar="N", help="places")
     p.add_argument("--repeats", type=repeats, default=5, metavar="N", help="starts each (default: 5)")
     _add_loading(p)
+    _add_training(verbs)
 
+
+def _add_training(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     p = add_verb(
         verbs, "norm", norm, "what synchronized statistics cost BN-Inception, ours beside torch's form",
         "pipeline bench norm --processes 4 --images 4 --size 128\n"
