@@ -233,6 +233,11 @@ class Config:
         return Path(self.run.dir) / self.run.id
 
     @property
+    def way_on(self) -> str:
+        """The command that goes on with the run."""
+        return f"pipeline {'launch' if self.cluster.launcher == 'slurm' else 'train'} {self.directory}/config.yaml"
+
+    @property
     def world(self) -> int:
         """Processes in all."""
         return self.cluster.nodes * self.cluster.devices

@@ -45,7 +45,7 @@ def add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
 
 
 def train(options: argparse.Namespace) -> int:
-    from pipeline.config import to_yaml
+    from pipeline.config import ConfigError, to_yaml
     from pipeline.world import World
 
     if World.is_launched():  # one process of several: the config is frozen
@@ -54,6 +54,11 @@ def train(options: argparse.Namespace) -> int:
     if options.print_config:
         print(to_yaml(config), end="")
         return DONE
+    if config.cluster.launcher == "slurm":
+        raise ConfigError(
+            "cluster.launcher = slurm: submit it with `pipeline launch`, or train on this machine with "
+            "cluster.launcher=local cluster.nodes=1"
+        )
     from pipeline.data.shards import MANIFEST, write_atomically
     from pipeline.launch.failure import FailedRunError
     from pipeline.launch.lock import locked
@@ -157,9 +162,7 @@ def _train_here(config: Config) -> int:
         run.train(config, world, Console(quiet=not world.leads))
     except InterruptedRunError as interruption:
         if world.leads:
-            print(
-                f"pipeline: {interruption}; go on with: pipeline train {config.directory}/config.yaml", file=sys.stderr
-            )
+            print(f"pipeline: {interruption}; go on with: {config.way_on}", file=sys.stderr)
         return RESUMABLE
     except FailedRunError as failure:
         if config.world == 1:
@@ -180,9 +183,7 @@ def _with_way_on(failure: FailedRunError, config: Config) -> FailedRunError:
         return FailedRunError(f"{failure}; logs: {config.directory / 'logs'}", code=failure.code)
     step = newest_step(config.directory)
     begin = f"from step {step}" if step else "from the beginning, there is no checkpoint yet,"
-    return FailedRunError(
-        f"{failure}; go on {begin} with: pipeline train {config.directory}/config.yaml", code=failure.code
-    )
+    return FailedRunError(f"{failure}; go on {begin} with: {config.way_on}", code=failure.code)
 
 
 def _train_launched(config: Config) -> int:
@@ -271,8 +272,8 @@ def _launch_here(config: Config, arguments: list[str], dataset: Dataset | None =
 
     if config.cluster.nodes > 1:
         raise ConfigError(
-            f"cluster.nodes = {config.cluster.nodes}: one machine cannot start several; submit it with `pipeline "
-            "launch`, start torchrun on every node with RUN/config.yaml, or set cluster.nodes=1"
+            f"cluster.nodes = {config.cluster.nodes}: one machine cannot start several; "
+            "start torchrun on every node with RUN/config.yaml, or set cluster.nodes=1"
         )
     return run_processes(
         arguments,

@@ -289,6 +289,8 @@ def test_errors_name_field_value_rule_and_way_out(slurm, shards, capsys, monkeyp
     here = [f"data.root={shards}", "data=folder", "data.global_batch_size=24", "cluster=slurm_1x8"]
     line = refused(capsys, 2, "data=digits")
     assert "cluster.launcher = local: there is nothing to submit; choose cluster=slurm_1x8" in line
+    assert cli.main(["train", *here]) == 2
+    assert "cluster.launcher = slurm: submit it with `pipeline launch`" in capsys.readouterr().err
     line = refused(capsys, 2, *here, "slurm.container=pyxis")
     assert "slurm.container = pyxis needs an image; set slurm.image" in line
     line = refused(capsys, 2, *here, "slurm.minutes=5")
