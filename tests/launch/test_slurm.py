@@ -141,7 +141,9 @@ def test_an_interrupted_job_starts_itself_again_up_to_its_cap_and_says_why_it_st
     assert (slurm / "calls").read_text().count("scontrol requeue 40") == 2
 
 
-@pytest.mark.parametrize(("leaves", "ends", "code"), [("", "0", 0), ("1", "137", 1), ("2", "2", 2), ("", "139", 139)])
+@pytest.mark.parametrize(
+    ("leaves", "ends", "code"), [("", "0", 0), ("1", "137", 1), ("2", "2", 2), ("", "139", 139), ("75", "139", 139)]
+)
 def test_any_other_end_is_final(slurm, leaves, ends, code):
     assert run_script(small(slurm, restarts=9), LEAVES=leaves, ENDS=ends)[0] == code
     assert "requeue" not in (slurm / "calls").read_text()
