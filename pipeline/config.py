@@ -156,6 +156,7 @@ class TrainerConfig:
 class ClusterConfig:
     """Where the run happens."""
 
+    launcher: str = "local"  # local = `pipeline train` on this machine; slurm = `pipeline launch` submits a job
     nodes: int = 1
     devices: int = 1  # processes a node, one a GPU
     accelerator: str = "auto"  # auto, cpu or cuda
@@ -165,6 +166,33 @@ class ClusterConfig:
     hang_seconds: float = 40.0  # without any move, after which a rank is named; half as long again, and all end (3.5
     # times as long where it reads or writes). Never less than 3 times the longest seen; 0 = no watch
     lead_seconds: float = 120.0  # between a signal and the end by force: time for the last checkpoint
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlurmConfig:
+    """What is asked of Slurm, and how a job starts its processes. Read where cluster.launcher is slurm."""
+
+    partition: str = ""  # several with commas; "" = the cluster's own choice, as in the next five
+    account: str = ""
+    qos: str = ""
+    constraint: str = ""  # features of the nodes
+    exclude: str = ""  # nodes that are passed over
+    memory: str = ""  # of a node, as 480G; 0 = all it has
+    minutes: int = 1440  # after which a start ends; 0 = the partition's limit
+    lead_minutes: int = 5  # before that end a signal says so, and the job goes on in a new start; 0 = no signal
+    cpus_per_task: int = 0  # cores of a process; 0 = the cluster's own choice
+    gpus_per_node: int = -1  # 0 = none; -1 = one a process, none where cluster.accelerator is cpu
+    options: list[str] = field(default_factory=list)  # more of sbatch's: ["--reservation=name"]
+    modules: list[str] = field(default_factory=list)  # loaded before the start
+    setup: list[str] = field(default_factory=list)  # lines of bash that the job runs before the start, as they are
+    python: str = ""  # the interpreter that has this package; "" = the one that launches, in a container python3
+    container: str = "none"  # none, apptainer or pyxis
+    image: str = ""  # a .sif or .sqsh file, or what the container's tool takes for one
+    mounts: list[str] = field(default_factory=list)  # SOURCE[:TARGET[:ro]]; the run's and the data's are always there
+    launcher: str = "srun"  # srun = a task a process; torchrun = a task a node
+    resubmit: str = "requeue"  # how an interrupted job goes on: requeue = the same job; chain = one that follows it
+    restarts: int = 100  # starts after the first that the job gives itself; 0 = none. Slurm's own are not bounded
+    interface: str = ""  # network of NCCL and gloo, as ib0; "" = left to them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,6 +223,7 @@ class Config:
     loss: LossConfig = field(default_factory=LossConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    slurm: SlurmConfig = field(default_factory=SlurmConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     ledger: bool = False  # write the keys of every step's samples
 
@@ -204,6 +233,11 @@ class Config:
         return Path(self.run.dir) / self.run.id
 
     @property
+    def way_on(self) -> str:
+        """The command that goes on with the run."""
+        return f"pipeline {'launch' if self.cluster.launcher == 'slurm' else 'train'} {self.directory}/config.yaml"
+
+    @property
     def world(self) -> int:
         """Processes in all."""
         return self.cluster.nodes * self.cluster.devices
@@ -211,7 +245,7 @@ class Config:
 
 # Where a run happens: may change when it is resumed. Everything else is what it is.
 CIRCUMSTANCE = (
-    "run.", "cluster.", "tracking.", "ledger", "data.root", "data.source", "data.micro_batch_size",
+    "run.", "cluster.", "slurm.", "tracking.", "ledger", "data.root", "data.source", "data.micro_batch_size",
     "data.train", "data.val", "data.cache", "data.bad_samples", "trainer.max_epochs", "trainer.max_steps",
     "trainer.validate_every_epochs", "trainer.checkpoint_every_", "trainer.keep_checkpoints",
     # What to do with a batch that ruins the run is asked after it did: what was skipped is on record in the run.
@@ -326,6 +360,10 @@ def checked(config: Config) -> Config:
     _choice("data.decoder", c.data.decoder, ("", "regions", "whole"))
     _choice("trainer.on_nan", c.trainer.on_nan, ("stop", "skip"))
     _choice("cluster.accelerator", c.cluster.accelerator, ("auto", "cpu", "cuda"))
+    _choice("cluster.launcher", c.cluster.launcher, ("local", "slurm"))
+    _choice("slurm.container", c.slurm.container, ("none", "apptainer", "pyxis"))
+    _choice("slurm.launcher", c.slurm.launcher, ("srun", "torchrun"))
+    _choice("slurm.resubmit", c.slurm.resubmit, ("requeue", "chain"))
     _choice("tracking.mode", c.tracking.mode, ("auto", "online", "offline", "disabled"))
     flat = _flat(dataclasses.asdict(c))
     for key, least in _LEAST.items():
@@ -356,7 +394,35 @@ def checked(config: Config) -> Config:
         raise ConfigError("trainer.max_epochs and trainer.max_steps are both -1, the run would not end; set one")
     if os.sep in c.run.id or c.run.id in (".", ".."):
         raise ConfigError(f"run.id = {c.run.id!r} is a path; give a name, and its place with run.dir")
+    if c.cluster.launcher == "slurm":
+        _check_slurm(c)
     return config
+
+
+def _check_slurm(c: Config) -> None:
+    slurm = c.slurm
+    for key, value in _flat(dataclasses.asdict(slurm), "slurm.").items():
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and not text.isprintable():
+                raise ConfigError(f"{key} holds {text!r}: a line break or control character; give plain text")
+    if slurm.container != "none" and not slurm.image:
+        raise ConfigError(f"slurm.container = {slurm.container} needs an image; set slurm.image")
+    for option in slurm.options:
+        if not option.startswith("--"):
+            raise ConfigError(f"slurm.options holds {option!r}, which is no option of sbatch; write --name=value")
+    for mount in slurm.mounts:
+        parts = mount.split(":")
+        absolute = all(part.startswith("/") for part in parts[:2])
+        if "," in mount or not absolute or len(parts) > 3 or (len(parts) == 3 and parts[2] not in ("ro", "rw")):
+            raise ConfigError(f"slurm.mounts holds {mount!r}; write SOURCE, SOURCE:TARGET or SOURCE:TARGET:ro, as "
+                              "absolute paths without commas")  # fmt: skip
+    if slurm.lead_minutes and slurm.minutes and slurm.lead_minutes >= slurm.minutes:
+        raise ConfigError(f"slurm.lead_minutes = {slurm.lead_minutes} leaves nothing of slurm.minutes = "
+                          f"{slurm.minutes}; lower it, or 0 for no signal")  # fmt: skip
+    if slurm.lead_minutes and slurm.lead_minutes * 60 < c.cluster.lead_seconds:
+        raise ConfigError(f"slurm.lead_minutes = {slurm.lead_minutes} is shorter than cluster.lead_seconds = "
+                          f"{c.cluster.lead_seconds:g}, the time for a last checkpoint; raise it, or 0 for no signal"
+                          )  # fmt: skip
 
 
 _LEAST = {
@@ -368,7 +434,8 @@ _LEAST = {
     "trainer.checkpoint_every_steps": 0, "trainer.checkpoint_every_minutes": 0, "trainer.keep_checkpoints": 1,
     "run.stalled_starts": 0, "cluster.nodes": 1, "cluster.devices": 1, "cluster.lead_seconds": 1,
     "cluster.hang_seconds": 0, "trainer.spike_factor": 0,
-    "cluster.workers": -1, "tracking.every_steps": 1,
+    "cluster.workers": -1, "tracking.every_steps": 1, "slurm.minutes": 0, "slurm.lead_minutes": 0,
+    "slurm.cpus_per_task": 0, "slurm.gpus_per_node": -1, "slurm.restarts": 0,
 }  # fmt: skip
 _POSITIVE = (
     "model.width", "model.initial_gain", "norm.eps", "optimizer.rate", "schedule.decay_factor",

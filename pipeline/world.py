@@ -19,7 +19,13 @@ class World:
 
     @staticmethod
     def from_environment(environment: Mapping[str, str] = os.environ) -> World:
-        """World of RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE and GROUP_RANK; alone without them."""
+        """World of RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE and GROUP_RANK; alone without them.
+
+        Slurm's names count only where our job script says that srun starts the ranks: anything else that
+        runs inside a job, a test or a shell, is alone.
+        """
+        if environment.get(SLURM) == "srun":
+            return _of_step(environment)
         number = {name: int(environment.get(name, default)) for name, default in _DEFAULTS.items()}
         return World(*number.values())
 
@@ -31,7 +37,34 @@ class World:
     @staticmethod
     def is_launched(environment: Mapping[str, str] = os.environ) -> bool:
         """Whether a launcher has started this process as one of several."""
-        return "RANK" in environment
+        return "RANK" in environment or environment.get(SLURM) == "srun"
+
+    def environment(self) -> dict[str, str]:
+        """The variables that say the same to a process and what it starts."""
+        place = (self.rank, self.size, self.local_rank, self.local_size, self.node)
+        return {name: str(number) for name, number in zip(_DEFAULTS, place, strict=True)}
 
 
+SLURM = "PIPELINE_SLURM"  # set by our job script alone: srun or torchrun, which of them starts the ranks
 _DEFAULTS = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "GROUP_RANK": "0"}
+
+
+def _of_step(environment: Mapping[str, str]) -> World:
+    """World of a task of srun. The step counts, not the job: srun's own options may have asked for less."""
+    node = int(environment["SLURM_NODEID"])
+    return World(
+        rank=int(environment["SLURM_PROCID"]),
+        size=int(environment["SLURM_STEP_NUM_TASKS"]),
+        local_rank=int(environment["SLURM_LOCALID"]),
+        local_size=_tasks_per_node(environment["SLURM_STEP_TASKS_PER_NODE"])[node],
+        node=node,
+    )
+
+
+def _tasks_per_node(text: str) -> list[int]:
+    """Slurm's short form: 2(x3),1 is [2, 2, 2, 1]."""
+    counts: list[int] = []
+    for part in text.split(","):
+        tasks, _, times = part.partition("(x")
+        counts += [int(tasks)] * int(times.rstrip(")") or 1)
+    return counts

@@ -9,12 +9,14 @@ from pipeline.config import (
     completed,
     compose_config,
     differences,
+    identity,
     read_config,
     to_yaml,
 )
 
 RECIPES = sorted(path.stem for path in (CONF / "recipe").glob("*.yaml"))
 DATA = sorted(path.stem for path in (CONF / "data").glob("*.yaml"))
+CLUSTERS = sorted(path.stem for path in (CONF / "cluster").glob("*.yaml"))
 
 
 def refused(*overrides: str) -> str:
@@ -39,6 +41,14 @@ def test_every_file_of_the_axes_is_a_page_with_its_command():
         page = (CONF / "recipe" / f"{recipe}.yaml").read_text()
         assert f"recipe={recipe} " in page
         assert "Expected:" in page
+
+
+@pytest.mark.parametrize("cluster", CLUSTERS)
+def test_every_cluster_is_a_page_with_its_command_and_only_a_circumstance(cluster):
+    there = compose_config(["data=digits", f"cluster={cluster}", "slurm.partition=gpu"])
+    assert identity(there) == identity(compose_config(["data=digits"]))
+    page = (CONF / "cluster" / f"{cluster}.yaml").read_text()
+    assert f"cluster={cluster} " in page or there.cluster.launcher == "local"
 
 
 def test_recipes_carry_the_papers_values():

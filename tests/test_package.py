@@ -7,7 +7,7 @@ ROOT = Path(__file__).parents[1]
 def test_every_room_is_in_the_wheel():
     listed = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
     rooms = {"pipeline." + path.parent.name for path in (ROOT / "pipeline").glob("*/__init__.py")}
-    assert listed == rooms | {"pipeline", "pipeline.conf"}
+    assert listed == rooms | {"pipeline", "pipeline.conf", "pipeline.slurm"}
 
 
 def test_requirements_are_exact_hashed_and_name_no_host():

@@ -12,7 +12,7 @@ def code_of(error: Exception) -> int | None:
         return FAILED  # no space, no permission, no such place
     if "InterruptedRunError" in names:
         return FAILED  # of an evaluation: nothing is kept; `train` answers its own with 75
-    if names & {"LockedError", "CheckpointError", "SyncError"}:
+    if names & {"LockedError", "CheckpointError", "SyncError", "QueueError"}:
         return FAILED
     if "FailedRunError" in names:
         return int(error.code)  # type: ignore[attr-defined]

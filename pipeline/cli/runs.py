@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.cli.codes import DONE, FAILED, RESUMABLE
+from pipeline.cli.codes import DONE, FAILED, RESUMABLE, code_of
 from pipeline.cli.options import add_verb, seconds
 from pipeline.cli.settling import settle, settled
 
@@ -45,19 +45,20 @@ def add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
 
 
 def train(options: argparse.Namespace) -> int:
-    from pipeline.config import ConfigError, compose_config, to_yaml
+    from pipeline.config import ConfigError, to_yaml
     from pipeline.world import World
 
     if World.is_launched():  # one process of several: the config is frozen
         return _train_launched(_of_run(_frozen(options.words)))
-    files = [word for word in options.words if word.endswith((".yaml", ".yml")) and "=" not in word]
-    if len(files) > 1:
-        raise ConfigError(f"{files[1]} is a second config; give one RUN/config.yaml, and key=value behind it")
-    overrides = [word for word in options.words if word not in files]
-    config = _of_run(Path(files[0]), overrides) if files else compose_config(overrides)
+    config = typed(options.words)
     if options.print_config:
         print(to_yaml(config), end="")
         return DONE
+    if config.cluster.launcher == "slurm":
+        raise ConfigError(
+            "cluster.launcher = slurm: submit it with `pipeline launch`, or train on this machine with "
+            "cluster.launcher=local cluster.nodes=1"
+        )
     from pipeline.data.shards import MANIFEST, write_atomically
     from pipeline.launch.failure import FailedRunError
     from pipeline.launch.lock import locked
@@ -125,6 +126,17 @@ def sync(options: argparse.Namespace) -> int:
     return DONE
 
 
+def typed(words: Sequence[str]) -> Config:
+    """The config of a command line: overrides, or those of a frozen one. Raises ConfigError."""
+    from pipeline.config import ConfigError, compose_config
+
+    files = [word for word in words if word.endswith((".yaml", ".yml")) and "=" not in word]
+    if len(files) > 1:
+        raise ConfigError(f"{files[1]} is a second config; give one RUN/config.yaml, and key=value behind it")
+    overrides = [word for word in words if word not in files]
+    return _of_run(Path(files[0]), overrides) if files else compose_config(overrides)
+
+
 def _of_run(path: Path, overrides: Sequence[str] = ()) -> Config:
     """A frozen config. One that lies in its run's directory belongs to that directory, wherever it was moved."""
     from pipeline.config import completed, read_config
@@ -150,9 +162,7 @@ def _train_here(config: Config) -> int:
         run.train(config, world, Console(quiet=not world.leads))
     except InterruptedRunError as interruption:
         if world.leads:
-            print(
-                f"pipeline: {interruption}; go on with: pipeline train {config.directory}/config.yaml", file=sys.stderr
-            )
+            print(f"pipeline: {interruption}; go on with: {config.way_on}", file=sys.stderr)
         return RESUMABLE
     except FailedRunError as failure:
         if config.world == 1:
@@ -173,20 +183,40 @@ def _with_way_on(failure: FailedRunError, config: Config) -> FailedRunError:
         return FailedRunError(f"{failure}; logs: {config.directory / 'logs'}", code=failure.code)
     step = newest_step(config.directory)
     begin = f"from step {step}" if step else "from the beginning, there is no checkpoint yet,"
-    return FailedRunError(
-        f"{failure}; go on {begin} with: pipeline train {config.directory}/config.yaml", code=failure.code
-    )
+    return FailedRunError(f"{failure}; go on {begin} with: {config.way_on}", code=failure.code)
 
 
 def _train_launched(config: Config) -> int:
     """One rank. Where another launcher than ours started it, the leading one holds the directory and keeps run.json."""
+    from pipeline.launch.failure import leave_code
     from pipeline.launch.local import LAUNCHER
-    from pipeline.launch.lock import locked
-    from pipeline.world import World
 
-    if os.environ.get(LAUNCHER) or not World.from_environment().leads:
+    if os.environ.get(LAUNCHER):
+        return _train_here(config)
+    try:
+        code = _train_as_task(config)
+    except SystemExit as ending:
+        leave_code(ending.code if isinstance(ending.code, int) else FAILED)
+        raise
+    except Exception as error:
+        leave_code(code_of(error) or FAILED)
+        raise
+    return leave_code(code)
+
+
+def _train_as_task(config: Config) -> int:
+    from pipeline.launch.lock import locked
+    from pipeline.launch.plan import begin_run
+    from pipeline.world import SLURM, World
+
+    world = World.from_environment()
+    _agree(config, world)
+    os.environ.update(world.environment())
+    if not world.leads:
         return _train_here(config)
     with locked(config.directory):
+        if os.environ.get(SLURM):  # each start of a job is one of the run
+            begin_run(config, job=os.environ.get("SLURM_JOB_ID", ""))
         return _noted(config, lambda: _train_here(config))
 
 
@@ -228,6 +258,11 @@ def _agree(config: Config, world: World) -> None:
         raise ConfigError(
             f"cluster.nodes x cluster.devices = {config.world}, but the launcher started {world.size} processes; "
             "make them equal"
+        )
+    if world.local_size != config.cluster.devices:
+        raise ConfigError(
+            f"cluster.devices = {config.cluster.devices} processes a node, but the launcher started "
+            f"{world.local_size} on node {world.node}; make them equal"
         )
 
 

@@ -1,6 +1,7 @@
 """How a failed run ends: one line that names what failed, and an exit code that says whether to go on.
 
 A rank that knows why leaves its verdict where our launcher looks, the first one counts; the launcher says it once.
+In a Slurm job it leaves its code where the job script looks.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pipeline.launch.pulse import PULSES, Place
 
 AGAIN, NOT_AGAIN = 75, 1  # the same command goes on; it would end there again
 KEYS_SHOWN = 8
+CODE = "PIPELINE_CODE"  # set by our job script: the file for the code of the first rank that ends otherwise than done
 _VERDICT = "verdict"
 _FROM_OUTSIDE = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -32,6 +34,7 @@ class FailedRunError(Exception):
 
 def leave_verdict(failure: FailedRunError) -> bool:
     """Hand it to our launcher; False where there is none, and the caller says it."""
+    leave_code(failure.code)
     directory = os.environ.get(PULSES)
     if directory is None:
         return False
@@ -45,6 +48,24 @@ def leave_verdict(failure: FailedRunError) -> bool:
         pass
     mine.unlink(missing_ok=True)
     return True
+
+
+def leave_code(code: int) -> int:
+    """Hand it to our job script, if there is one; returns the code to exit with.
+
+    That is 0 for an interruption: at any other code srun kills the other ranks, of which one may still be saving.
+    """
+    path = os.environ.get(CODE)
+    if path is None or code == 0:
+        return code
+    try:
+        with Path(path).open("x") as file:
+            file.write(str(code))
+    except FileExistsError:
+        pass  # another rank was first
+    except OSError:
+        return code  # srun hands it on, or the code of a rank that it killed for this one
+    return 0 if code == AGAIN else code
 
 
 def read_verdict(directory: Path) -> FailedRunError | None:

@@ -28,13 +28,19 @@ def new_run_id(config: Config) -> str:
     return f"{config.run.recipe}-{config.run.data}-{datetime.now(tz=UTC):%Y%m%d-%H%M%S}"
 
 
+def identified(config: Config) -> Config:
+    """The config with an id: the one it was given, or one that no directory has yet."""
+    if config.run.id:
+        return config
+    made = completed(config, run={"id": new_run_id(config)})
+    while made.directory.exists():  # another run began in this second
+        made = completed(config, run={"id": f"{new_run_id(config)}-{secrets.token_hex(2)}"})
+    return made
+
+
 def named(config: Config) -> Config:
     """The config with an id, for which a directory is made if there was none. Raises ConfigError."""
-    while not config.run.id:
-        made = completed(config, run={"id": new_run_id(config)})
-        if made.directory.exists():  # another run began in this second
-            made = completed(config, run={"id": f"{new_run_id(config)}-{secrets.token_hex(2)}"})
-        config = made
+    config = identified(config)
     try:
         config.directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -43,11 +49,31 @@ def named(config: Config) -> Config:
 
 
 def open_run(config: Config) -> Config:
-    """Make a directory a run's, or open it to go on; returns the config to freeze.
+    """Make a directory a run's, or open it to go on, and note a start there; returns the config to freeze.
 
     Raises ConfigError if the directory cannot be written, holds a run that is another one, or one that fails each time.
     """
-    config = named(config)
+    config = freeze_run(config)
+    begin_run(config)
+    return config
+
+
+def freeze_run(config: Config) -> Config:
+    """`open_run` without the start, which the run's first process notes where it begins. Raises as that does."""
+    config = agreed(named(config))
+    directory = config.directory
+    try:
+        record = read_record(directory) if (directory / RECORD).exists() else RunRecord(wandb_id=secrets.token_hex(4))
+        refuse_crash_loop(config, record, newest_step(directory))
+        _write(directory / CONFIG, to_yaml(config))
+        _write_record(directory, record)
+    except OSError as error:
+        raise _unwritable(config, error) from None
+    return config
+
+
+def agreed(config: Config) -> Config:
+    """The config as what lies in its directory allows it. Writes nothing. Raises ConfigError if it is another run."""
     directory = config.directory
     if (directory / CONFIG).exists() and (directory / STARTED).exists():
         frozen = read_config(directory / CONFIG)
@@ -57,22 +83,34 @@ def open_run(config: Config) -> Config:
                 f"run.id = {config.run.id} is another run: {'; '.join(other)}; choose a new run.id, or these values"
             )
         config = completed(config, trainer={"threads": config.trainer.threads or frozen.trainer.threads})
-    elif not (directory / CONFIG).exists() and any(not path.name.startswith(".") for path in directory.iterdir()):
+    elif (
+        directory.is_dir()
+        and not (directory / CONFIG).exists()
+        and any(not path.name.startswith(".") for path in directory.iterdir())
+    ):
         raise ConfigError(f"{directory} holds no run but other files; choose another run.id or run.dir")
-    if not config.trainer.threads:
-        threads = max(1, (os.cpu_count() or 1) // config.cluster.devices)
-        config = completed(config, trainer={"threads": threads})
+    return config if config.trainer.threads else completed(config, trainer={"threads": _threads(config)})
+
+
+def _threads(config: Config) -> int:
+    """Cores of a process, where nobody has said. Those of a node of Slurm are not the ones of this machine."""
+    if config.cluster.launcher == "slurm":
+        return config.slurm.cpus_per_task or 1
+    return max(1, (os.cpu_count() or 1) // config.cluster.devices)
+
+
+def begin_run(config: Config, **facts: str) -> None:
+    """Note a start in run.json. Raises ConfigError if the starts before it all failed and got no further."""
+    directory = config.directory
     try:
-        record = read_record(directory) if (directory / RECORD).exists() else RunRecord(wandb_id=secrets.token_hex(4))
+        record = read_record(directory)
         step = newest_step(directory)
         refuse_crash_loop(config, record, step)
-        _write(directory / CONFIG, to_yaml(config))
         now = datetime.now(tz=UTC).isoformat(timespec="seconds")
-        record.starts.append({"at": now, "step": step, **_circumstance(config)})
+        record.starts.append({"at": now, "step": step, **_circumstance(config), **facts})
         _write_record(directory, record)
     except OSError as error:
         raise _unwritable(config, error) from None
-    return config
 
 
 def close_run(directory: Path, ended: str) -> None:

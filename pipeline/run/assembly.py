@@ -213,7 +213,9 @@ def worker_count(config: Config) -> int:
     if config.cluster.workers >= 0:
         return config.cluster.workers
     # On CPU the training takes every core. With a GPU a core is left to the process that feeds it.
-    return max(1, (os.cpu_count() or 1) // config.cluster.devices - 1) if accelerator_of(config) == "cuda" else 0
+    granted = config.slurm.cpus_per_task if config.cluster.launcher == "slurm" else 0
+    cores = granted or (os.cpu_count() or 1) // config.cluster.devices
+    return max(1, cores - 1) if accelerator_of(config) == "cuda" else 0
 
 
 def device_name(config: Config) -> str:

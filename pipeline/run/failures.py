@@ -8,7 +8,6 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from pipeline.callbacks.preemption import SIGNALS, InterruptedRunError
 from pipeline.callbacks.watchdog import Watchdog, connection_broke, note_traceback
@@ -35,7 +34,7 @@ def explained(run: Assembly, watchdog: Watchdog) -> Iterator[None]:
             failed = not isinstance(error, InterruptedRunError | FailedRunError)
             raise
         who = f"rank {run.world.rank} of {run.world.size} on {socket.gethostname()}"
-        unwritable = _unwritable(error, config.directory)
+        unwritable = _unwritable(error, config)
         if unwritable:
             raise FailedRunError(f"{who}: {unwritable}") from None
         said = shortage(error, _appetite(config, run.world))
@@ -50,15 +49,16 @@ def explained(run: Assembly, watchdog: Watchdog) -> Iterator[None]:
         watchdog.stop(failed=failed)
 
 
-def _unwritable(error: Exception, directory: Path) -> str:
+def _unwritable(error: Exception, config: Config) -> str:
     """What to say of a file of the run that cannot be written, or ""."""
     if not isinstance(error, OSError) or error.errno not in _UNWRITABLE:
         return ""
+    directory = config.directory
     saved = checkpoints(directory / "checkpoints")
     last = f"{saved[-1].name} is the newest checkpoint" if saved else "there is no checkpoint yet"
     return (
         f"{error.filename or f'a file in {directory}'} cannot be written ({error.strerror}); {last}; make room, or the "
-        f"directory writable, and go on with: pipeline train {directory}/config.yaml"
+        f"directory writable, and go on with: {config.way_on}"
     )
 
 

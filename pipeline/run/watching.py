@@ -91,7 +91,7 @@ def build_watchdog(run: Assembly, console: Console) -> Watchdog:
         first_seconds=max(config.cluster.timeout_minutes * 60 / 2, config.cluster.hang_seconds),
         logs=config.directory / "logs",
         name=run.data.names,
-        hint=f"go on with: pipeline train {config.directory}/config.yaml",
+        hint=f"go on with: {config.way_on}",
         say=partial(console.print, highlight=False, soft_wrap=True),
     )
 

@@ -1,0 +1,4 @@
+scontrol requeue "$job" || {
+  say "scontrol could not requeue it; go on with the command that launched it" >&2
+  exit "$code"
+}

@@ -1,0 +1,321 @@
+"""The job script: what it says, that nothing a user gives gets out of its quotes, and how it goes on or ends."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline import cli
+from pipeline.config import ConfigError, compose_config, read_config
+from pipeline.launch.failure import CODE, leave_code
+from pipeline.launch.plan import read_record
+from pipeline.launch.slurm import TEMPLATES, Job, array_numbers, render
+from pipeline.world import World
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "slurm"
+BARE = Job(
+    name="first", run=Path("/runs/first"), script=Path("/runs/first/job.sbatch"), directory=Path("/home/me/work"),
+    nodes=4, devices=8, threads=12, python="/venv/bin/python", partition="gpu", account="vision", minutes=1440,
+    lead_minutes=5, cpus_per_task=12, gpus_per_node=8, restarts=100,
+)  # fmt: skip
+INSIDE = {"python": "python3", "mounts": ("/data:/data:ro", "/scratch"), "places": (Path("/home/me/work"),)}
+JOBS = {
+    "bare": BARE,
+    "torchrun": dataclasses.replace(BARE, launcher="torchrun"),
+    "chain": dataclasses.replace(BARE, resubmit="chain", interface="ib0"),
+    "array": dataclasses.replace(BARE, array="0-5%2", script=Path("/runs/first-0/job.sbatch"), resubmit="chain"),
+    "apptainer": dataclasses.replace(BARE, container="apptainer", image="/images/p.sif", **INSIDE),
+    "pyxis": dataclasses.replace(BARE, container="pyxis", image="/images/p.sqsh", **INSIDE),
+    "site": dataclasses.replace(
+        BARE, modules=("cuda/12.9", "gcc"), setup=("export NCCL_DEBUG=WARN",), gpus_per_node=0, qos="long",
+        constraint="a100|h100", exclude="node[3,7]", memory="480G", options=("--gres=gpu:8", "--reservation=my week"),
+    ),
+}  # fmt: skip
+EVIL = """it's "$(touch hacked)" `touch hacked` ; touch hacked # @{run} %j & *"""
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_the_script_is_the_golden_one(name):
+    """Written anew by PIPELINE_WRITE_GOLDEN=1, to be read before it is committed."""
+    path = GOLDEN / f"{name}.sbatch"
+    if os.environ.get("PIPELINE_WRITE_GOLDEN"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(render(JOBS[name]))
+    assert render(JOBS[name]) == path.read_text()
+
+
+def test_scripts_pass_shellcheck():
+    beside = Path(sys.executable).with_name("shellcheck")
+    shellcheck = str(beside) if beside.exists() else shutil.which("shellcheck")
+    if shellcheck is None:
+        pytest.skip("shellcheck is not installed")
+    scripts = [*GOLDEN.glob("*.sbatch"), TEMPLATES / "nccl_check.sbatch"]
+    assert len(scripts) == len(JOBS) + 1
+    done = subprocess.run([shellcheck, *map(str, scripts)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+def program(directory: Path, name: str, body: str) -> None:
+    path = directory / name
+    path.write_text(f"#!/bin/bash\n{body}\n")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+
+
+@pytest.fixture
+def slurm(tmp_path, monkeypatch):
+    """Stand-ins of Slurm's commands, which write down what they were told: one call a line in calls, words in words."""
+    bin_ = tmp_path / "bin"
+    bin_.mkdir()
+    for name in ("srun", "scontrol", "sbatch", "squeue", "scancel", "sinfo"):
+        program(bin_, name, f"""
+[[ "$1 $2" != "show hostnames" ]] || {{ echo node1; echo node2; exit 0; }}
+echo "{name} $*" >>'{tmp_path}/calls'
+if [[ {name} == srun ]]; then
+  printf '%s\\0' "$@" >'{tmp_path}/words'
+  [[ -z ${{LEAVES:-}} ]] || echo "$LEAVES" >"$PIPELINE_CODE"
+  exit "${{ENDS:-0}}"
+fi
+[[ {name} != sbatch ]] || echo "${{ANSWERS-41}}"
+[[ {name} != squeue ]] || printf '%b' "${{QUEUE:-}}"
+[[ -z ${{FAILS:-}} ]] || {{ echo "{name}: error: $FAILS" >&2; exit 1; }}""")  # fmt: skip
+    monkeypatch.setenv("PATH", f"{bin_}:{os.environ['PATH']}")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run_script(job: Job, **environment: str) -> tuple[int, str]:
+    """The script as Slurm would start it on two nodes of two tasks; its code, and what it printed."""
+    (job.run / "logs").mkdir(parents=True, exist_ok=True)
+    given = {"SLURM_JOB_ID": "40", "SLURM_JOB_NUM_NODES": str(job.nodes), "SLURM_JOB_NODELIST": "node[1-2]",
+             "SLURM_NTASKS": str(job.nodes * job.tasks_per_node), "SLURM_CPUS_PER_TASK": "12"}  # fmt: skip
+    done = subprocess.run(["/bin/bash", "-c", render(job)], env={**os.environ, **given, **environment}, text=True,
+                          capture_output=True, timeout=30, check=False)  # fmt: skip
+    return done.returncode, done.stdout + done.stderr
+
+
+def small(directory: Path, **fields: object) -> Job:
+    run = directory / "runs" / "a"
+    return dataclasses.replace(BARE, run=run, script=run / "job.sbatch", nodes=2, devices=2, **fields)
+
+
+def words(directory: Path) -> list[str]:
+    return (directory / "words").read_text().split("\0")[:-1]
+
+
+def test_nothing_that_a_user_gives_gets_out_of_its_quotes(slurm):
+    run = slurm / "runs" / EVIL.replace("/", "")
+    job = small(slurm, container="apptainer", image=EVIL, mounts=(f"/{EVIL}:/x",), interface=EVIL, partition=EVIL,
+                python=EVIL, options=(f"--comment={EVIL}",))  # fmt: skip
+    job = dataclasses.replace(job, run=run, script=run / "job.sbatch", name=EVIL, directory=Path("/") / EVIL)
+    code, said = run_script(job)
+    assert code == 0, said
+    assert words(slurm) == [
+        "--kill-on-bad-exit=1", "apptainer", "exec", "--nv", "--bind", f"/{EVIL}:/x", "--pwd", f"/{EVIL}", EVIL,
+        EVIL, "-m", "pipeline", "train", f"{run}/config.yaml",
+    ]  # fmt: skip
+    assert list(slurm.rglob("hacked")) == []
+
+
+def test_a_value_keeps_its_quotes_in_the_header():
+    text = render(dataclasses.replace(BARE, options=('--comment=a "b" #c \\d',)))
+    assert '#SBATCH "--comment=a \\"b\\" #c \\\\d"' in text
+    assert "--output=/100%%/a/logs/job-%j.log" in render(dataclasses.replace(BARE, run=Path("/100%/a")))
+
+
+def test_an_interrupted_job_starts_itself_again_up_to_its_cap_and_says_why_it_stops(slurm):
+    job = small(slurm, restarts=2)
+    for number in (1, 2):
+        code, said = run_script(job, LEAVES="75", ENDS="0")
+        assert code == 0
+        assert f"interrupted, and can go on; it starts itself again, {number} of at most 2 times" in said
+    code, said = run_script(job, LEAVES="75", ENDS="0")
+    assert code == 75
+    assert "it has started itself again 2 times, and slurm.restarts = 2 allows no more" in said
+    assert (slurm / "calls").read_text().count("scontrol requeue 40") == 2
+
+
+@pytest.mark.parametrize(
+    ("leaves", "ends", "code"), [("", "0", 0), ("1", "137", 1), ("2", "2", 2), ("", "139", 139), ("75", "139", 139)]
+)
+def test_any_other_end_is_final(slurm, leaves, ends, code):
+    assert run_script(small(slurm, restarts=9), LEAVES=leaves, ENDS=ends)[0] == code
+    assert "requeue" not in (slurm / "calls").read_text()
+
+
+@pytest.mark.parametrize("ends", ["75", "137", "143"])
+def test_a_rank_that_was_killed_from_outside_is_no_end(slurm, ends):
+    code, said = run_script(small(slurm, restarts=9), ENDS=ends)
+    assert (code, "starts itself again, 1 of at most 9 times" in said) == (0, True)
+
+
+def test_a_chain_goes_on_in_a_job_that_depends_on_this_one(slurm):
+    job = small(slurm, restarts=3, resubmit="chain")
+    code, said = run_script(job, LEAVES="75")
+    assert code == 0, said
+    assert "goes on as job 41" in said
+    assert (job.run / "jobs").read_text() == "41\n"
+    follow = "sbatch --parsable --dependency=afterany:40 --export=ALL,PIPELINE_ORIGIN=40"
+    assert follow in (slurm / "calls").read_text()
+    run_script(job, LEAVES="75", SLURM_JOB_ID="41", PIPELINE_ORIGIN="40")
+    run_script(job, LEAVES="75", SLURM_JOB_ID="42", PIPELINE_ORIGIN="40")
+    code, said = run_script(job, LEAVES="75", SLURM_JOB_ID="43", PIPELINE_ORIGIN="40")
+    assert (code, "slurm.restarts = 3 allows no more" in said) == (75, True)
+
+
+def test_a_task_of_an_array_starts_itself_alone(slurm):
+    job = dataclasses.replace(small(slurm, array="0-5", restarts=1), run=slurm / "runs" / "b")
+    (slurm / "runs" / "b-4" / "logs").mkdir(parents=True)
+    code, said = run_script(job, LEAVES="75", SLURM_ARRAY_JOB_ID="39", SLURM_ARRAY_TASK_ID="4")
+    assert code == 0, said
+    assert "scontrol requeue 39_4" in (slurm / "calls").read_text()
+    assert words(slurm)[-1] == f"{slurm}/runs/b-4/config.yaml"
+
+
+def test_another_shape_than_was_asked_for_starts_nothing(slurm):
+    code, said = run_script(small(slurm), SLURM_NTASKS="2")
+    assert code == 2
+    assert "Slurm gives 2 tasks on 2 nodes, but this run asked for 4 on 2; submit the script as it is" in said
+    assert not (slurm / "calls").exists()
+
+
+def test_torchrun_is_told_its_node_and_deaf_to_the_signal_for_its_ranks(slurm):
+    code, said = run_script(small(slurm, launcher="torchrun"))
+    assert code == 0, said
+    assert words(slurm)[1:5] == [
+        "bash", "-c", 'trap "" USR2; exec "$0" -m torch.distributed.run --node-rank="$SLURM_NODEID" "$@"',
+        "/venv/bin/python",
+    ]  # fmt: skip
+    assert "--master-addr=node1" in words(slurm)
+    assert "--master-port=10040" in words(slurm)
+
+
+def test_the_first_code_counts_and_an_interruption_is_no_bad_exit(tmp_path, monkeypatch):
+    monkeypatch.delenv(CODE, raising=False)
+    assert [leave_code(code) for code in (0, 1, 75)] == [0, 1, 75]
+    monkeypatch.setenv(CODE, str(tmp_path / "code"))
+    assert [leave_code(code) for code in (0, 75, 1)] == [0, 0, 1]
+    assert (tmp_path / "code").read_text() == "75"
+
+
+def test_srun_is_believed_only_where_our_script_says_so():
+    step = {"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "6", "SLURM_LOCALID": "0", "SLURM_NODEID": "2",
+            "SLURM_STEP_TASKS_PER_NODE": "3,2,1"}  # fmt: skip
+    assert World.from_environment(step) == World()
+    assert not World.is_launched(step)
+    ours = {**step, "PIPELINE_SLURM": "srun"}
+    assert World.from_environment(ours) == World(rank=5, size=6, local_rank=0, local_size=1, node=2)
+    assert World.is_launched(ours)
+    even = {**ours, "SLURM_STEP_TASKS_PER_NODE": "2(x3)"}
+    assert World.from_environment(even).local_size == 2
+    torchrun = {**step, "PIPELINE_SLURM": "torchrun", "RANK": "1", "WORLD_SIZE": "2"}
+    assert (World.from_environment(torchrun).rank, World.from_environment(torchrun).size) == (1, 2)
+    assert World.from_environment(World(3, 4, 1, 2, 1).environment()) == World(3, 4, 1, 2, 1)
+
+
+def test_numbers_of_an_array():
+    assert array_numbers("0-5%2") == [0, 1, 2, 3, 4, 5]
+    assert array_numbers("1,4,7-9") == [1, 4, 7, 8, 9]
+    for text in ("", "a", "5-1", "1,1", "0-3%0", "0-3;x"):
+        with pytest.raises(ValueError, match="--array"):
+            array_numbers(text)
+
+
+def launch(shards: Path, *more: str) -> int:
+    return cli.main(["launch", "recipe=bn_x5", "data=folder", f"data.root={shards}", "data.global_batch_size=24",
+                     "cluster=slurm_1x8", "cluster.nodes=2", "run.id=a", *more])  # fmt: skip
+
+
+def test_a_launch_freezes_the_run_submits_it_and_notes_its_job(slurm, shards, capsys):
+    assert launch(shards) == 0
+    run, said = slurm / "runs" / "a", capsys.readouterr().out
+    assert (run / "job.sbatch").read_text() in said
+    assert f"job 41: a, log {run}/logs/job-41.log" in said
+    assert "pipeline launch --follow runs/a" in said
+    assert (run / "jobs").read_text() == "41\n"
+    assert f"sbatch --parsable {Path('runs/a/job.sbatch')}" in (slurm / "calls").read_text()
+    assert read_record(run).starts == []  # noted where it begins
+    frozen = read_config(run / "config.yaml")
+    assert (frozen.world, frozen.trainer.threads, frozen.data.num_classes) == (16, 12, 5)
+    assert not (run / ".lock").exists()
+
+
+def test_a_run_that_is_in_the_queue_is_not_submitted_twice(slurm, shards, capsys, monkeypatch):
+    assert launch(shards) == 0
+    monkeypatch.setenv("QUEUE", "41|PENDING|0:00|(Priority)\n")
+    assert launch(shards) == 2
+    line = capsys.readouterr().err
+    assert "run.id = a has job 41 in the queue (PENDING 0:00 (Priority))" in line
+    assert "pipeline launch --cancel runs/a" in line
+    assert cli.main(["launch", "--status", "runs/a"]) == 0
+    assert "job 41: PENDING" in capsys.readouterr().out
+    assert cli.main(["launch", "--cancel", "runs/a"]) == 0
+    assert "scancel 41" in (slurm / "calls").read_text()
+    monkeypatch.delenv("QUEUE")
+    assert launch(shards, "cluster.nodes=4") == 0  # goes on, on other nodes
+    assert read_config(slurm / "runs" / "a" / "config.yaml").world == 32
+
+
+def test_a_dry_run_asks_slurm_and_leaves_nothing(slurm, shards, capsys):
+    assert launch(shards, "--dry-run") == 0
+    assert capsys.readouterr().out.startswith("#!/bin/bash\n#SBATCH --job-name=a\n")
+    assert "sbatch --test-only" in (slurm / "calls").read_text()
+    assert not (slurm / "runs").exists()
+
+
+def test_an_array_is_a_run_for_each_seed(slurm, shards, capsys):
+    assert launch(shards, "--array", "3-5%2") == 0
+    for number in (3, 4, 5):
+        run = slurm / "runs" / f"a-{number}"
+        assert read_config(run / "config.yaml").seed == number
+        assert (run / "jobs").read_text() == f"41_{number}\n"
+    script = (slurm / "runs" / "a-3" / "job.sbatch").read_text()
+    assert "#SBATCH --array=3-5%2" in script
+    assert f"#SBATCH --output={slurm}/runs/a-%a/logs/job-%A_%a.log" in script
+
+
+def refused(capsys: pytest.CaptureFixture[str], code: int, *arguments: str) -> str:
+    assert cli.main(["launch", *arguments]) == code
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_errors_name_field_value_rule_and_way_out(slurm, shards, capsys, monkeypatch):
+    here = [f"data.root={shards}", "data=folder", "data.global_batch_size=24", "cluster=slurm_1x8"]
+    line = refused(capsys, 2, "data=digits")
+    assert "cluster.launcher = local: there is nothing to submit; choose cluster=slurm_1x8" in line
+    assert cli.main(["train", *here]) == 2
+    assert "cluster.launcher = slurm: submit it with `pipeline launch`" in capsys.readouterr().err
+    line = refused(capsys, 2, *here, "slurm.container=pyxis")
+    assert "slurm.container = pyxis needs an image; set slurm.image" in line
+    line = refused(capsys, 2, *here, "slurm.minutes=5")
+    assert "slurm.lead_minutes = 5 leaves nothing of slurm.minutes = 5; lower it, or 0 for no signal" in line
+    line = refused(capsys, 2, *here, "slurm.resubmit=requeu")
+    assert "slurm.resubmit = 'requeu' is not offered; did you mean requeue?" in line
+    assert "--array 5-1 gives no number" in refused(capsys, 2, *here, "--array", "5-1")
+    assert "--status RUN stands alone" in refused(capsys, 2, "--status", "runs/a", "--cancel", "runs/a")
+    assert "runs/b holds no run that was launched" in refused(capsys, 2, "--status", "runs/b")
+    monkeypatch.setenv("FAILS", "invalid partition specified: nowhere")
+    line = refused(capsys, 1, *here, "slurm.partition=nowhere", "run.id=a")
+    assert "sbatch: error: invalid partition specified: nowhere; change the keys of slurm.*" in line
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert "sbatch is not found: launch where Slurm's commands are" in refused(capsys, 1, *here)
+
+
+@pytest.mark.parametrize(("override", "said"), [
+    ('slurm.partition="a\nb"', "slurm.partition holds .*a line break"),
+    ("slurm.mounts=[data]", "slurm.mounts holds 'data'; write SOURCE"),
+    ("slurm.mounts=['/a:/b:rx']", "slurm.mounts holds '/a:/b:rx'; write SOURCE"),
+    ("slurm.options=[partition]", "slurm.options holds 'partition', which is no option of sbatch"),
+    ("slurm.lead_minutes=1", "slurm.lead_minutes = 1 is shorter than cluster.lead_seconds = 120"),
+])  # fmt: skip
+def test_what_no_script_can_be_made_of_is_refused_where_it_is_typed(override, said):
+    with pytest.raises(ConfigError, match=said):
+        compose_config(["data=digits", "cluster=slurm_1x8", override])
