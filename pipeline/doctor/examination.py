@@ -237,7 +237,7 @@ def _machine_checks(p: _Patient) -> Iterator[Check]:
 
 
 def _by_slurm(config: Config) -> bool:
-    return config.run.cluster.startswith("slurm")
+    return config.cluster.launcher == "slurm"
 
 
 def _model(p: _Patient) -> Iterator[Finding]:
