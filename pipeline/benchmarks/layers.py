@@ -7,6 +7,7 @@ Legend: N images, C channels, H, W pixels.
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections import Counter
@@ -117,6 +118,16 @@ def report(found: Sequence[Layer], *, images: int, dtype: torch.dtype) -> Table:
     return table
 
 
+@functools.cache
+def why_not_compiled(device: torch.device) -> str:
+    """Why torch.compile does not work here, in a line; "" if it does. It needs g++ on a CPU, and Triton on a GPU."""
+    try:
+        torch.compile(lambda x: x * 2 + 1)(torch.ones(2, device=device))
+    except Exception as error:  # the compiler's back has many ways to miss something
+        return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no reason given'])[0]}"
+    return ""
+
+
 def _contenders(channels: int, x_NCHW: Tensor) -> dict[str, Run]:
     device = x_NCHW.device
     ours = SyncBatchNorm(channels, activation="relu", group_size=1).to(device)
@@ -132,7 +143,8 @@ def _contenders(channels: int, x_NCHW: Tensor) -> dict[str, Run]:
         return nn.functional.relu(y)
 
     contenders: dict[str, Run] = {OURS if fused.serves(x_NCHW) else PLAIN: ours, EAGER: eager}
-    contenders[COMPILED] = torch.compile(eager, dynamic=False)
+    if not why_not_compiled(device):
+        contenders[COMPILED] = torch.compile(eager, dynamic=False)
     if x_NCHW.is_cuda and dist.is_initialized() and dist.get_world_size() == 1:
         contenders[SYNC] = synchronized  # it refuses the CPU; one rank exchanges nothing, and has its other costs
     return contenders

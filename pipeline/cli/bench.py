@@ -195,6 +195,8 @@ def norm(options: argparse.Namespace) -> int:
                 progress=progress,
             )  # fmt: skip
         console.print(layers.report(found, images=options.layers, dtype=dtype))
+        if reason := layers.why_not_compiled(device):
+            print(f"{layers.COMPILED} is left out: {reason}", file=sys.stderr)
     dist.barrier()
     dist.destroy_process_group()
     return DONE

@@ -52,7 +52,8 @@ def test_the_table_says_what_every_form_exchanges(tmp_path: Path):
 def test_a_layer_is_measured_beside_torchs(monkeypatch):
     monkeypatch.setattr(layers, "shapes_of_network", lambda size: {(3, 4, 4): 2, (5, 2, 2): 1})
     found = layers.measure(images=2, size=32, dtype=torch.float32, device=torch.device("cpu"), repeats=5)
-    assert [list(layer.seconds) for layer in found] == [["ours, plain", "F.batch_norm, relu", "the same compiled"]] * 2
+    compiled = [] if layers.why_not_compiled(torch.device("cpu")) else ["the same compiled"]  # it needs g++
+    assert [list(layer.seconds) for layer in found] == [["ours, plain", "F.batch_norm, relu", *compiled]] * 2
     assert all(len(seconds) == 5 for layer in found for seconds in layer.seconds.values())
     shown = io.StringIO()
     Console(width=140, file=shown).print(layers.report(found, images=2, dtype=torch.float32))
