@@ -207,3 +207,18 @@ def test_images_named_badly_inside_a_zip_are_named(capsys, tmp_path):
         archive.writestr("train/cat/a.png", noise_image(0, 4, 4))
         archive.writestr("train/cat/b.png", "text")
     assert "a.zip:train/cat/b.png is not a JPEG" in refused(capsys, 3, "shards", "write", "a.zip", "out")
+
+
+def test_who_reads_only_the_beginning_is_no_fault():
+    """As `pipeline train --print-config | head -1`, of more than a pipe holds."""
+    command = [sys.executable, "-c", "import sys; from pipeline import cli\n"
+               "def much(options):\n    for _ in range(100_000): print('a line of what nobody reads')\n"
+               "cli._parsed = lambda arguments: type('O', (), {'verb': staticmethod(much), 'goes_on': False})()\n"
+               "sys.exit(cli.main([]))"]  # fmt: skip
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.wait(60) == 1
+        assert process.stderr is not None
+        assert process.stderr.read() == b""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import select
 import sys
 from collections.abc import Callable, Sequence
 
@@ -21,6 +23,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"pipeline: interrupted{way_on}", file=sys.stderr)
         return RESUMABLE if options.goes_on else FAILED
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _reader_has_left():
+            return FAILED
         code = code_of(error)
         if code is None:
             raise
@@ -28,6 +32,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             code = FAILED  # nothing is kept of it
         print(f"pipeline: {line_of(error)}", file=sys.stderr)
         return code
+
+
+def _reader_has_left() -> bool:
+    """Whether nobody reads what is printed any more, as behind `| head`; the rest of it then goes nowhere."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    has_left = any(event & select.POLLERR for _, event in poll.poll(0))
+    if has_left:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return has_left
 
 
 def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
