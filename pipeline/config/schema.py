@@ -1,0 +1,237 @@
+"""The schema of a config: what a run is, section by section, with units and the meaning of zero beside each key."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+SCHEMA = 1
+
+
+class ConfigError(Exception):
+    """A configuration that cannot run: the message names field, value, rule and way out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Which run this is. Its directory is dir/id."""
+
+    id: str = ""  # "" = made from recipe, data and the time; an existing one resumes that run
+    dir: str = "runs"
+    stalled_starts: int = 5  # starts in a row that failed and got no further, before the next is refused; 0 = never
+    recipe: str = ""  # the choices on the three axes, filled in when composed
+    data: str = ""
+    cluster: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The network. All but name and dropout apply to our own networks only."""
+
+    name: str = "bn_inception"  # bn_inception, inception, or a torchvision classifier
+    width: float = 1.0  # factor on all channels
+    stem: str = "separable"  # separable and dense are 7x7/2; small is 3x3/1, for images of 16 to 64 pixels
+    activation: str = "relu"  # relu or sigmoid
+    dropout: float | None = None  # before the last layer; null = the model's own rate
+    response_norm: bool = False  # local response normalization in the stem
+    auxiliary_head: bool = False
+    literal_fig5: bool = False  # 128 instead of 96 channels in two projections, as printed
+    initial_gain: float = 1.0  # factor on the standard deviation of initial convolution weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class NormConfig:
+    """Which ranks share batch statistics, and how population statistics are kept."""
+
+    group_size: int | str = 0  # ranks that share statistics; 0 = all, 1 = each its own, node = those of a node
+    momentum: float = 0.1  # weight of the new batch (torch's sense); torchvision's networks keep their own, and eps
+    eps: float = 1e-3
+    precise_images: int = 8192  # training images for population statistics before a validation; 0 = running average
+    precise_form: str = "batches"  # mean of their variances (Algorithm 2), or aggregate: one variance of all values
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """The packed images, and how many make up a batch."""
+
+    root: str = ""  # directory or http(s), s3 or gs URL of shards
+    train: str = ""  # brace pattern or glob of the training shards below root; "" = by dataset.json, or by their names
+    val: str = ""  # the same of the validation shards
+    source: str = ""  # packed into root on first use where root is absent; "" = never
+    num_classes: int = 0  # 0 = as many as the data set names
+    image_size: int = 224  # pixels a side, training and evaluation
+    global_batch_size: int = 256  # images an optimizer step, over all ranks
+    micro_batch_size: int = 0  # images a rank holds at once; 0 = its whole share; less accumulates gradients
+    window: int = 0  # shards shuffled together; 0 = all
+    cache: str = ""  # directory for remote shards, and for indexes of read-only roots; "" = ~/.cache/pipeline
+    cache_gb: float = 0.0  # limit on remote shards kept on a node, in 1e9 bytes; 0 = none
+    bad_samples: float = 1e-4  # fraction of an epoch's images that may be unreadable and replaced; more stop the run
+    evaluation_crop: float = 0.875  # fraction of the shorter side that evaluation sees
+    mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])  # of pixels in 0..1
+    std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
+    decoder: str = ""  # of JPEGs: regions or whole; "" = regions where that is installed, fixed at the run's start
+    digest: str = ""  # of the data set, filled in when the run starts
+
+    @property
+    def location(self) -> tuple[str, str, str, str, int]:
+        """Where the data set lies: root, train, val, cache, and the cache's limit in bytes."""
+        return self.root, self.train, self.val, self.cache, round(self.cache_gb * 1e9)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentConfig:
+    """How training images are varied."""
+
+    area_min: float = 0.08  # smallest crop, fraction of the image's area; 1 = the whole image
+    flip: bool = True
+    photometric: str = "full"  # full, reduced or none
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """SGD with momentum. The rate is stated for rate_batch_size images and scales with the global batch."""
+
+    rate: float = 0.0015
+    rate_batch_size: int = 32  # images
+    momentum: float = 0.9
+    weight_decay: float = 2e-4  # on weights of convolutions and linear layers; torch's sense, half the square
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """Rate over time: linear warm-up from the unscaled rate, and exponential decay at every step."""
+
+    decay_factor: float = 0.96
+    decay_epochs: float = 8.0  # epochs in which the rate falls by decay_factor
+    warmup_epochs: float = 0.0  # from `rate` itself to the rate of the global batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """Cross-entropy."""
+
+    label_smoothing: float = 0.0
+    auxiliary_weight: float = 0.3  # of the auxiliary head's loss, where there is one
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerConfig:
+    """How long, how exactly, and how often to look."""
+
+    max_epochs: int = 90
+    max_steps: int = -1  # optimizer steps; -1 = max_epochs alone decides
+    precision: str = "32"  # 32, bf16 (mixed) or 64
+    deterministic: bool = True  # same ranks, device type, versions and threads give the same bits
+    threads: int = 0  # CPU threads of a process; 0 = cores / processes of the node, fixed at the run's start
+    validate_every_epochs: int = 1  # 0 = only at the end
+    checkpoint_every_steps: int = 0  # besides one after each epoch; 0 = none besides
+    checkpoint_every_minutes: float = 10.0  # since the last one, by the leading rank's clock; 0 = never for that
+    keep_checkpoints: int = 2  # newest ones kept, besides the best
+    on_nan: str = "stop"  # a loss that is no number, or a spike: stop, or skip (go back to the newest checkpoint, and
+    # never train on that global batch: RUN/skipped.jsonl)
+    spike_factor: float = 0.0  # times the median loss of the last 64 steps that count as a spike; 0 = none do
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterConfig:
+    """Where the run happens."""
+
+    launcher: str = "local"  # local = `pipeline train` on this machine; slurm = `pipeline launch` submits a job
+    nodes: int = 1
+    devices: int = 1  # processes a node, one a GPU
+    accelerator: str = "auto"  # auto, cpu or cuda
+    workers: int = -1  # decoding processes a rank; 0 = decode in the training process; -1 = 0 on CPU, on CUDA a
+    # core less than the node has for each rank
+    timeout_minutes: float = 10.0  # a collective that takes longer ends the run
+    hang_seconds: float = 40.0  # without any move, after which a rank is named; half as long again, and all end (3.5
+    # times as long where it reads or writes). Never less than 3 times the longest seen; 0 = no watch
+    lead_seconds: float = 120.0  # between a signal and the end by force: time for the last checkpoint
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlurmConfig:
+    """What is asked of Slurm, and how a job starts its processes. Read where cluster.launcher is slurm."""
+
+    partition: str = ""  # several with commas; "" = the cluster's own choice, as in the next five
+    account: str = ""
+    qos: str = ""
+    constraint: str = ""  # features of the nodes
+    exclude: str = ""  # nodes that are passed over
+    memory: str = ""  # of a node, as 480G; 0 = all it has
+    minutes: int = 1440  # after which a start ends; 0 = the partition's limit
+    lead_minutes: int = 5  # before that end a signal says so, and the job goes on in a new start; 0 = no signal
+    cpus_per_task: int = 0  # cores of a process; 0 = the cluster's own choice
+    gpus_per_node: int = -1  # 0 = none; -1 = one a process, none where cluster.accelerator is cpu
+    options: list[str] = field(default_factory=list)  # more of sbatch's: ["--reservation=name"]
+    modules: list[str] = field(default_factory=list)  # loaded before the start
+    setup: list[str] = field(default_factory=list)  # lines of bash that the job runs before the start, as they are
+    python: str = ""  # the interpreter that has this package; "" = the one that launches, in a container python3
+    container: str = "none"  # none, apptainer or pyxis
+    image: str = ""  # a .sif or .sqsh file, or what the container's tool takes for one
+    mounts: list[str] = field(default_factory=list)  # SOURCE[:TARGET[:ro]]; the run's and the data's are always there
+    launcher: str = "srun"  # srun = a task a process; torchrun = a task a node
+    resubmit: str = "requeue"  # how an interrupted job goes on: requeue = the same job; chain = one that follows it
+    restarts: int = 100  # starts after the first that the job gives itself; 0 = none. Slurm's own are not bounded
+    interface: str = ""  # network of NCCL and gloo, as ib0; "" = left to them
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackingConfig:
+    """What is reported where. metrics.csv is always written."""
+
+    mode: str = "auto"  # auto (online with a key, else offline), online, offline or disabled
+    entity: str | None = None
+    project: str = "pipeline"
+    group: str | None = None
+    tags: list[str] = field(default_factory=list)
+    every_steps: int = 10  # optimizer steps between rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A run, complete."""
+
+    schema: int = SCHEMA
+    run: RunConfig = field(default_factory=RunConfig)
+    seed: int = 0
+    model: ModelConfig = field(default_factory=ModelConfig)
+    norm: NormConfig = field(default_factory=NormConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    slurm: SlurmConfig = field(default_factory=SlurmConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    ledger: bool = False  # write the keys of every step's samples
+
+    @property
+    def directory(self) -> Path:
+        """The run's directory."""
+        return Path(self.run.dir) / self.run.id
+
+    @property
+    def way_on(self) -> str:
+        """The command that goes on with the run."""
+        return f"pipeline {'launch' if self.cluster.launcher == 'slurm' else 'train'} {self.directory}/config.yaml"
+
+    @property
+    def world(self) -> int:
+        """Processes in all."""
+        return self.cluster.nodes * self.cluster.devices
+
+
+def by_key(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested values by dotted key."""
+    found: dict[str, Any] = {}
+    for key, value in content.items():
+        found.update(by_key(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
+    return found
+
+
+KEYS = by_key(dataclasses.asdict(Config()))  # every key, with what it is when nobody says
+SECTIONS = {key.partition(".")[0] for key in KEYS if "." in key}
