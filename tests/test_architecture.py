@@ -33,7 +33,8 @@ WALLS = {
     "hydra": ("config/composition",),
     "omegaconf": ("config/composition",),
 }  # fmt: skip
-READERS_OF_CONFIG = ("cli/", "run/", "launch/plan", "doctor/")
+# launch/targets is the seam between an experiment and where it runs: cli submits what doctor has asked about.
+READERS_OF_CONFIG = ("cli/", "run/", "launch/plan", "launch/targets", "doctor/")
 APART = {"norm", "models"}  # they import no other room, nor each other
 
 MODULES = sorted(PACKAGE.rglob("*.py"))

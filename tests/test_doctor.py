@@ -30,6 +30,7 @@ from pipeline.doctor.composition import compose
 from pipeline.doctor.findings import guarded, ok, within
 from pipeline.launch.lock import LOCK, this_process
 from pipeline.launch.plan import RECORD, STARTED, close_run, open_run
+from pipeline.launch.queue import QueueError
 from pipeline.training.checkpoint_io import write_checkpoint
 from pipeline.training.schedule import Schedule
 from tests.callbacks.wandb_server import KEY, WandbServer
@@ -566,6 +567,19 @@ def test_slurm_that_does_not_answer_is_a_fault_where_it_is_to_run_the_job():
     answers = iter(["slurm 23.11", "gpu* up 4\nold down 2"])
     (found,) = slurm.check_submission(True, run=lambda command: next(answers))
     assert found == ok("Slurm", "slurm 23.11; partitions gpu* (4 nodes)")
+
+
+def test_what_slurm_says_of_a_job_is_a_finding(tmp_path):
+    def refused(script: Path, seconds: float) -> str:
+        raise QueueError("sbatch: error: Invalid qos, sbatch: error: Batch job submission failed; change the keys")
+
+    said = "sbatch: Job 7 to start at 2027-01-02T03:04:05 using 16 processors on nodes n[1-2] in partition gpu\n"
+    (found,) = slurm.check_job("#!/bin/bash\n", tmp_path, asked=lambda script, seconds: said)
+    assert found == ok("job", "Slurm would take it: it could start at 2027-01-02T03:04:05 using 16 processors on nodes "
+                       "n[1-2] in partition gpu")  # fmt: skip
+    (found,) = slurm.check_job("#!/bin/bash\n", tmp_path, asked=refused)
+    assert (found.state, found.way_out) == ("fault", "change the keys")
+    assert found.text == "sbatch: error: Invalid qos, sbatch: error: Batch job submission failed"
 
 
 def test_a_step_is_measured_within_its_time_and_no_larger_than_the_share():

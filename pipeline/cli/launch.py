@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import subprocess
 import sys
-from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from pipeline.cli import preflight
 from pipeline.cli.codes import DONE
 from pipeline.cli.options import add_verb
 from pipeline.cli.runs import typed
@@ -18,20 +17,21 @@ from pipeline.cli.settling import settle
 
 if TYPE_CHECKING:
     from pipeline.config import Config
-    from pipeline.launch.slurm import Job
 
 
 def add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     p = add_verb(
         verbs, "launch", launch, "submit a run to Slurm, or go on with one; look after it; cancel it",
         "pipeline launch recipe=bn_x5 data=imagenet cluster=slurm_4x8 slurm.partition=gpu run.id=first\n"
-        "  pipeline launch --follow runs/first",
+        "  pipeline launch --follow runs/first\n\n"
+        "pipeline doctor looks first: a fault in config or environment ends it with code 2, one in data with 3",
     )  # fmt: skip
     p.add_argument(
         "words", nargs="*", metavar="key=value | RUN/config.yaml",
         help="overrides of conf/config.yaml, or of a frozen config",
     )  # fmt: skip
-    p.add_argument("--dry-run", action="store_true", help="show the script, ask Slurm whether it would take it, stop")
+    p.add_argument("--dry-run", action="store_true", help="show the script, and what doctor and Slurm say of it; stop")
+    p.add_argument("--force", action="store_true", help="submit it although doctor has found a fault")
     p.add_argument("--array", default="", metavar="0-5%2", help="a run for each number, which is its seed and the end "
                    "of its id; after %%, how many at a time")  # fmt: skip
     p.add_argument("--status", metavar="RUN", help="how far a run is, and where its jobs stand")
@@ -47,7 +47,7 @@ def launch(options: argparse.Namespace) -> int:
     looks = {"--status": (options.status, _status), "--cancel": (options.cancel, _cancel),
              "--follow": (options.follow, _follow)}  # fmt: skip
     asked = [flag for flag, (run, _) in looks.items() if run is not None]
-    if len(asked) > 1 or (asked and (options.words or options.array or options.dry_run)):
+    if len(asked) > 1 or (asked and (options.words or options.array or options.dry_run or options.force)):
         raise ConfigError(
             f"{asked[0]} RUN stands alone; leave out {' '.join(asked[1:] or options.words) or 'the rest'}"
         )
@@ -66,32 +66,39 @@ def launch(options: argparse.Namespace) -> int:
             "sbatch is not found: launch where Slurm's commands are, or look at the script with --dry-run"
         )
     config = identified(config)
-    return _dry_run(config, options.array) if options.dry_run else _submit(config, options.array)
+    if options.dry_run:
+        return _examined(config, options.array, show=True)
+    return _submit(config, options.array, options.force)
 
 
-def _submit(config: Config, array: str) -> int:
+def _submit(config: Config, array: str, force: bool) -> int:
     from pipeline.data.shards import MANIFEST, write_atomically
     from pipeline.launch import queue
     from pipeline.launch.lock import locked
     from pipeline.launch.plan import freeze_run
     from pipeline.launch.slurm import JOBS, SCRIPT, render
+    from pipeline.launch.targets import numbers_of, runs_of, slurm_job
 
-    for run in _runs(config, array):
+    for run in runs_of(config, array):
         _refuse_second_job(run)
+    code = _examined(config, array)
+    if code and not force:
+        print("pipeline: not submitted; mend what is at fault, or submit it all the same with --force", file=sys.stderr)
+        return code
     config, dataset = settle(config)
-    runs = _runs(config, array)
+    runs = runs_of(config, array)
     with ExitStack() as held:
         for number, run in enumerate(runs):
             held.enter_context(locked(run.directory))
             runs[number] = freeze_run(run)
             write_atomically(run.directory / MANIFEST, (dataset.directory / MANIFEST).read_bytes())
             (run.directory / "logs").mkdir(exist_ok=True)
-        script = render(_job(runs, array))
+        script = render(slurm_job(runs, array))
         path = runs[0].directory / SCRIPT
         path.write_text(script)
     print(script)
     job = queue.submit(path)
-    for run, number in zip(runs, _numbers(array), strict=True):
+    for run, number in zip(runs, numbers_of(array), strict=True):
         name = f"{job}_{number}" if array else job
         with (run.directory / JOBS).open("a") as file:
             file.write(f"{name}\n")
@@ -100,52 +107,20 @@ def _submit(config: Config, array: str) -> int:
     return DONE
 
 
-def _dry_run(config: Config, array: str) -> int:
-    """The script, and what Slurm says of it. The run's directory stays as it is, or absent."""
-    import tempfile
+def _examined(config: Config, array: str, *, show: bool = False) -> int:
+    """What the doctor says of the first run and the job of all: its exit code. Writes, packs and indexes nothing.
 
-    from pipeline.launch import queue
+    show: the script on stdout, the whole table on stderr.
+    """
     from pipeline.launch.plan import agreed
-    from pipeline.launch.slurm import SCRIPT, render
+    from pipeline.launch.slurm import render
+    from pipeline.launch.targets import runs_of, slurm_job
 
-    config, _ = settle(config)
-    runs = [agreed(run) for run in _runs(config, array)]
-    script = render(_job(runs, array))
-    print(script)
-    if not queue.is_there():
-        print("sbatch is not found here: Slurm was not asked about it", file=sys.stderr)
-        return DONE
-    with tempfile.TemporaryDirectory(prefix="pipeline-") as directory:
-        path = Path(directory) / SCRIPT
-        path.write_text(script)
-        print(queue.tested(path), file=sys.stderr)
-    return DONE
-
-
-def _runs(config: Config, array: str) -> list[Config]:
-    """The runs that one command submits: one, or one for each number of an array."""
-    from pipeline.config import ConfigError, completed
-
-    if not array:
-        return [config]
-    try:
-        numbers = _numbers(array)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-    runs = [completed(config, run={"id": f"{config.run.id}-{number}"}) for number in numbers]
-    return [dataclasses.replace(run, seed=number) for run, number in zip(runs, numbers, strict=True)]
-
-
-def _numbers(array: str) -> list[int]:
-    from pipeline.launch.slurm import array_numbers
-
-    return array_numbers(array) if array else [0]
-
-
-def _stem(runs: Sequence[Config], array: str) -> str:
-    """The id that the runs of an array share."""
-    name = runs[0].run.id
-    return name.removesuffix(f"-{_numbers(array)[0]}") if array else name
+    runs = [agreed(run) for run in runs_of(config, array)]
+    script = render(slurm_job(runs, array))
+    if show:
+        print(script, flush=True)
+    return preflight.before_submission(runs[0], script, whole=show)
 
 
 def _refuse_second_job(run: Config) -> None:
@@ -157,36 +132,6 @@ def _refuse_second_job(run: Config) -> None:
             f"run.id = {run.run.id} has job {job} in the queue ({state}); leave it to that, or end it first with: "
             f"pipeline launch --cancel {run.directory}"
         )
-
-
-def _job(runs: Sequence[Config], array: str) -> Job:
-    from pipeline.config import ConfigError
-    from pipeline.launch.slurm import SCRIPT, Job
-
-    config, here = runs[0], Path.cwd()
-    slurm, cluster = config.slurm, config.cluster
-    run = config.directory.absolute().with_name(_stem(runs, array))
-    for path in (str(run), str(here)):
-        if "\\" in path or not path.isprintable():
-            raise ConfigError(f"run.dir, run.id = {path!r}: Slurm reads a backslash or a line break in a path its own "
-                              "way; choose another")  # fmt: skip
-    inside = slurm.container != "none"
-    places = [here, config.directory.absolute().parent]
-    places += [Path(path).absolute() for path in (config.data.root, config.data.cache) if path and "://" not in path]
-    gpus = 0 if cluster.accelerator == "cpu" else cluster.devices
-    same: dict[str, Any] = {
-        name: getattr(slurm, name)
-        for name in ("partition", "account", "qos", "constraint", "exclude", "memory", "minutes", "lead_minutes",
-                     "cpus_per_task", "container", "image", "launcher", "resubmit", "restarts", "interface")
-    }  # fmt: skip
-    same |= {name: tuple(getattr(slurm, name)) for name in ("options", "modules", "setup", "mounts")}
-    return Job(
-        name=_stem(runs, array), run=run, script=config.directory.absolute() / SCRIPT, directory=here,
-        nodes=cluster.nodes, devices=cluster.devices, threads=config.trainer.threads, array=array,
-        python=slurm.python or ("python3" if inside else sys.executable),
-        gpus_per_node=gpus if slurm.gpus_per_node < 0 else slurm.gpus_per_node,
-        places=tuple(places) if inside else (), **same,
-    )  # fmt: skip
 
 
 def _jobs(directory: Path) -> list[str]:

@@ -7,13 +7,16 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from pipeline.cli.options import add_verb
 
 if TYPE_CHECKING:
+    from pipeline.config import Config
     from pipeline.doctor.findings import Finding
+
+    Say = Callable[[str], None]  # told what is being looked at
 
 
 def add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -32,16 +35,51 @@ def add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
 def doctor(options: argparse.Namespace) -> int:
     from pipeline.doctor import report
 
+    def examination(say: Say) -> Iterable[Finding]:
+        from pipeline.doctor.examination import examine  # torch and Lightning: seconds, and broken ones end there
+
+        return examine(options.words, say)
+
     began = time.monotonic()
-    with _status() as say, contextlib.redirect_stdout(sys.stderr):  # stdout is for the report alone
-        found = _findings(options.words, say)
+    found = _findings(examination)
     seconds = time.monotonic() - began
     if options.json:
         print(json.dumps(report.as_json(options.words, found, seconds), indent=2))
     else:
-        _print_table(found)
-        print(report.verdict(found, seconds))
+        _print_report(found, seconds)
     return report.exit_code(found)
+
+
+def before_submission(config: Config, script: str, *, whole: bool) -> int:
+    """What the doctor says of a run and the script of its job, on stderr; returns the exit code, 0 for go.
+
+    whole: the table, whatever is in it; else that of faults, or a line for each warning.
+    """
+    from pipeline.doctor import report
+    from pipeline.doctor.findings import WARNING
+
+    def examination(say: Say) -> Iterable[Finding]:
+        from pipeline.doctor.examination import examine_run
+
+        return examine_run(config, say, script=script, pace=False)  # a step here says nothing of the run's nodes
+
+    began = time.monotonic()
+    found = _findings(examination)
+    code = report.exit_code(found)
+    with contextlib.redirect_stdout(sys.stderr):
+        if code or whole:
+            _print_report(found, time.monotonic() - began)
+        else:
+            for line in report.lines([finding for finding in found if finding.state == WARNING]):
+                print(line)
+    return code
+
+
+def _print_report(found: list[Finding], seconds: float) -> None:
+    from pipeline.doctor.report import verdict
+
+    _print_table(found)
+    print(verdict(found, seconds))
 
 
 def _print_table(found: list[Finding]) -> None:
@@ -58,7 +96,7 @@ def _print_table(found: list[Finding]) -> None:
 
 
 @contextlib.contextmanager
-def _status() -> Iterator[Callable[[str], None]]:
+def _status() -> Iterator[Say]:
     """What is being looked at, on the terminal while it lasts."""
     try:
         from rich.console import Console
@@ -73,7 +111,13 @@ def _status() -> Iterator[Callable[[str], None]]:
         yield lambda name: status.update(f"looking at: {name}")
 
 
-def _findings(words: list[str], say: Callable[[str], None]) -> list[Finding]:
+def _findings(examination: Callable[[Say], Iterable[Finding]]) -> list[Finding]:
+    """Of the versions, and then of an examination, if they allow it."""
+    with _status() as say, contextlib.redirect_stdout(sys.stderr):  # stdout is for the report alone
+        return _found(examination, say)
+
+
+def _found(examination: Callable[[Say], Iterable[Finding]], say: Say) -> list[Finding]:
     from pipeline.doctor.findings import guarded
     from pipeline.doctor.versions import check_versions, malicious, requirements
 
@@ -85,9 +129,7 @@ def _findings(words: list[str], say: Callable[[str], None]) -> list[Finding]:
     examined: list[Finding] = []
 
     def rest() -> list[Finding]:
-        from pipeline.doctor.examination import examine  # torch and Lightning: seconds, and broken ones end here
-
-        examined.extend(examine(words, say))  # those before a crash stay
+        examined.extend(examination(say))  # those before a crash stay
         return []
 
     crash = guarded("versions", "examination", rest)

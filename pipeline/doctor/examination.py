@@ -25,9 +25,11 @@ from pipeline.data.split import Split
 from pipeline.data.stream import ShardStream
 from pipeline.doctor import arithmetic, directory, machine, pace, packed, slurm, versions
 from pipeline.doctor.composition import compose
-from pipeline.doctor.findings import Finding, guarded, of_message, ok
+from pipeline.doctor.findings import FAULT, Finding, guarded, of_message, ok
 from pipeline.doctor.tracking import check_tracking
-from pipeline.launch.plan import CONFIG, RECORD, STARTED, read_record
+from pipeline.launch.plan import CONFIG, RECORD, STARTED, agreed, identified, read_record
+from pipeline.launch.slurm import render
+from pipeline.launch.targets import slurm_job
 from pipeline.models.registry import check_name
 from pipeline.norm import SyncBatchNorm
 from pipeline.run.assembly import build_model, build_schedule
@@ -45,6 +47,7 @@ class _Patient:
 
     config: Config
     scratch: Path
+    script: str = ""  # of its job, where that is made already
     dataset: Dataset | None = None
     splits: dict[str, Split] = field(default_factory=dict)
     model: nn.Module | None = None  # on the meta device: shapes without memory
@@ -82,8 +85,11 @@ class _Patient:
         return max(1, (os.cpu_count() or 1) // self.config.cluster.devices - 1) if self.cuda else 0
 
 
-def examine(words: Sequence[str], say: Callable[[str], None] = lambda text: None) -> Iterator[Finding]:
-    """All findings of a run, as they come. say: told what is being looked at."""
+Say = Callable[[str], None]
+
+
+def examine(words: Sequence[str], say: Say = lambda text: None) -> Iterator[Finding]:
+    """All findings of what was typed, as they come. say: told what is being looked at."""
     config: list[Config] = []
 
     def composition() -> list[Finding]:
@@ -96,10 +102,17 @@ def examine(words: Sequence[str], say: Callable[[str], None] = lambda text: None
     if not config:
         yield from guarded("machine", "temporary files", lambda: machine.check_temporary(os.environ))
         return
+    yield from examine_run(config[0], say)
+
+
+def examine_run(config: Config, say: Say = lambda text: None, *, script: str = "", pace: bool = True
+                ) -> Iterator[Finding]:  # fmt: skip
+    """All findings of a run. script: that of its job, rendered here where none is given. pace: take steps, too."""
     with tempfile.TemporaryDirectory(prefix="pipeline-doctor-", ignore_cleanup_errors=True) as scratch:
-        for section, name, check in _checks(_Patient(config[0], Path(scratch))):
-            say(name)
-            yield from guarded(section, name, check)
+        for section, name, check in _checks(_Patient(config, Path(scratch), script)):
+            if pace or section != "pace":
+                say(name)
+                yield from guarded(section, name, check)
 
 
 def _checks(p: _Patient) -> Iterator[Check]:
@@ -111,8 +124,7 @@ def _checks(p: _Patient) -> Iterator[Check]:
     yield from _directory_checks(p)
     yield "tracking", "W&B", lambda: _tracking(p.config)
     yield from _machine_checks(p)
-    if shutil.which("sbatch"):
-        yield "slurm", "Slurm", lambda: slurm.check_submission(_by_slurm(p.config))
+    yield from _slurm_checks(p)
     if p.model is not None and p.images >= p.config.data.global_batch_size:
         yield "pace", "step", lambda: _pace(p)
 
@@ -199,12 +211,18 @@ def _directory_checks(p: _Patient) -> Iterator[Check]:
 
 def _machine_checks(p: _Patient) -> Iterator[Check]:
     c = p.config
-    cluster, devices, elsewhere = c.cluster, c.cluster.devices, c.cluster.nodes > 1 or _by_slurm(c)
+    cluster, devices = c.cluster, c.cluster.devices
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    yield "machine", "clock", lambda: machine.check_clock(time.time(), _written(Path(c.run.dir)))
+    yield "machine", "temporary files", lambda: machine.check_temporary(os.environ)
+    if _by_slurm(c):
+        return  # the rest would be of this machine, and the run is on others
     yield (
         "machine",
         "devices",
-        lambda: machine.check_devices(cluster.accelerator, devices, gpus, torch.version.cuda is not None, elsewhere),
+        lambda: machine.check_devices(
+            cluster.accelerator, devices, gpus, torch.version.cuda is not None, cluster.nodes > 1
+        ),
     )
     yield (
         "machine",
@@ -220,7 +238,6 @@ def _machine_checks(p: _Patient) -> Iterator[Check]:
         "processors",
         lambda: machine.check_processors(machine.available_cores(), devices, p.threads, p.workers, p.cuda),
     )
-    yield "machine", "clock", lambda: machine.check_clock(time.time(), _written(Path(c.run.dir)))
     yield "machine", "host name", lambda: machine.check_host(socket.gethostname(), cluster.nodes)
     yield (
         "machine",
@@ -233,7 +250,31 @@ def _machine_checks(p: _Patient) -> Iterator[Check]:
             os.environ,
         ),
     )
-    yield "machine", "temporary files", lambda: machine.check_temporary(os.environ)
+
+
+def _slurm_checks(p: _Patient) -> Iterator[Check]:
+    wanted, answers = _by_slurm(p.config), True
+    if not shutil.which("sbatch"):
+        if wanted:
+            yield "slurm", "Slurm", slurm.absent
+        return
+
+    def asked() -> list[Finding]:
+        nonlocal answers
+        found = list(slurm.check_submission(wanted))
+        answers = all(finding.state != FAULT for finding in found)
+        return found
+
+    yield "slurm", "Slurm", asked
+    if wanted and answers:
+        yield "slurm", "job", lambda: slurm.check_job(p.script or _script(p.config), p.scratch)
+
+
+def _script(config: Config) -> str:
+    config = identified(config)
+    with contextlib.suppress(ConfigError):  # another run has that name: a finding of the directory's
+        config = agreed(config)
+    return render(slurm_job([config]))
 
 
 def _by_slurm(config: Config) -> bool:

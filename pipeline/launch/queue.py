@@ -27,9 +27,9 @@ def submit(script: Path) -> str:
     return _asked("sbatch", "--parsable", str(script)).strip().partition(";")[0]
 
 
-def tested(script: Path) -> str:
+def tested(script: Path, seconds: float) -> str:
     """What Slurm says of a script that is not submitted: when it could start, and where. Raises QueueError."""
-    return _asked("sbatch", "--test-only", str(script)).strip()
+    return _asked("sbatch", "--test-only", str(script), seconds=seconds).strip()
 
 
 def states(jobs: Sequence[str]) -> dict[str, str]:
@@ -51,7 +51,7 @@ def cancel(jobs: Sequence[str]) -> None:
     _asked("scancel", *jobs)
 
 
-def _asked(*command: str) -> str:
+def _asked(*command: str, seconds: float = _SECONDS) -> str:
     # Inside another job, its variables would be taken for options of this one.
     environment = {
         name: value
@@ -60,15 +60,15 @@ def _asked(*command: str) -> str:
     }
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=_SECONDS, env=environment, check=False
+            command, capture_output=True, text=True, timeout=seconds, env=environment, check=False
         )  # fmt: skip
     except FileNotFoundError:
         raise QueueError(
             f"{command[0]} is not found: launch where Slurm's commands are, or look at the script with --dry-run"
         ) from None
     except subprocess.TimeoutExpired:
-        raise QueueError(f"{command[0]} has not answered for {_SECONDS:.0f} s; try again later") from None
+        raise QueueError(f"{command[0]} has not answered for {seconds:.0f} s; try again later") from None
     if done.returncode:
         said = [line for line in done.stderr.splitlines() if line.strip()] or [f"code {done.returncode}"]
-        raise QueueError(f"{'; '.join(said)}; change the keys of slurm.* that it speaks of, or try again later")
+        raise QueueError(f"{', '.join(said)}; change the keys of slurm.* that it speaks of, or try again later")
     return done.stdout or done.stderr  # --test-only speaks on the other one

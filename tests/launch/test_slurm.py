@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import shutil
 import stat
@@ -83,9 +84,12 @@ if [[ {name} == srun ]]; then
   exit "${{ENDS:-0}}"
 fi
 [[ {name} != sbatch ]] || echo "${{ANSWERS-41}}"
+[[ {name} != sinfo ]] || echo "gpu* up 4"
 [[ {name} != squeue ]] || printf '%b' "${{QUEUE:-}}"
-[[ -z ${{FAILS:-}} ]] || {{ echo "{name}: error: $FAILS" >&2; exit 1; }}""")  # fmt: skip
+[[ -z ${{FAILS:-}} || $1 != --test-only ]] || {{ echo "{name}: error: $FAILS" >&2; exit 1; }}""")  # fmt: skip
     monkeypatch.setenv("PATH", f"{bin_}:{os.environ['PATH']}")
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -262,10 +266,78 @@ def test_a_run_that_is_in_the_queue_is_not_submitted_twice(slurm, shards, capsys
     assert read_config(slurm / "runs" / "a" / "config.yaml").world == 32
 
 
-def test_a_dry_run_asks_slurm_and_leaves_nothing(slurm, shards, capsys):
+def test_a_dry_run_asks_doctor_and_slurm_and_leaves_nothing(slurm, shards, capsys, monkeypatch):
+    monkeypatch.setenv("ANSWERS", "sbatch: Job 7 to start at 2027-01-02T03:04:05 using 16 processors on nodes n[1-2]")
     assert launch(shards, "--dry-run") == 0
-    assert capsys.readouterr().out.startswith("#!/bin/bash\n#SBATCH --job-name=a\n")
-    assert "sbatch --test-only" in (slurm / "calls").read_text()
+    said = capsys.readouterr()
+    assert said.out.startswith("#!/bin/bash\n#SBATCH --job-name=a\n")
+    table = " ".join(said.err.split())
+    assert "ok job Slurm would take it: it could start at 2027-01-02T03:04:05 using 16 processors on nodes" in table
+    assert "GO: 1 warning (W&B)" in table
+    calls = (slurm / "calls").read_text()
+    assert calls.count("sbatch --test-only") == 1
+    assert "sbatch --parsable" not in calls
+    assert not (slurm / "runs").exists()
+
+
+@pytest.mark.parametrize(("key", "code", "said"), [
+    ("data.global_batch_size=500", 2, "exceeds the 130 training images"),
+    ("data.num_classes=3", 3, "lies outside the 3 classes"),
+])  # fmt: skip
+def test_a_fault_keeps_a_run_from_the_queue(slurm, shards, capsys, key, code, said):
+    assert launch(shards, key) == code
+    shown = capsys.readouterr().err
+    assert said in " ".join(shown.split())
+    assert shown.endswith("not submitted; mend what is at fault, or submit it all the same with --force\n")
+    assert launch(shards, key, "--dry-run") == code
+    assert "sbatch --parsable" not in (slurm / "calls").read_text()
+    assert not (slurm / "runs").exists()
+
+
+def test_a_refusal_of_slurm_is_known_before_anything_is_written_and_force_asks_it_again(slurm, shards, capsys):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FAILS", "invalid partition specified: nowhere")
+        assert launch(shards, "slurm.partition=nowhere") == 2
+        table = " ".join(capsys.readouterr().err.split())
+        assert "fault job sbatch: error: invalid partition specified: nowhere -> change the keys of slurm.*" in table
+        assert not (slurm / "runs").exists()
+        assert launch(shards, "slurm.partition=nowhere", "--force") == 0
+    assert "sbatch --parsable" in (slurm / "calls").read_text()
+    assert (slurm / "runs" / "a" / "jobs").read_text() == "41\n"
+
+
+def test_a_warning_is_a_line_and_no_obstacle(slurm, shards, capsys):
+    assert launch(shards) == 0
+    said = capsys.readouterr().err.splitlines()
+    assert said == ["warning  W&B: there is no key: tracking.mode = auto falls back to offline -> set WANDB_API_KEY, "
+                    "or run `wandb login`, or choose tracking.mode=offline"]  # fmt: skip
+
+
+def test_digits_are_packed_by_a_submission_and_not_by_a_dry_run(slurm, capsys):
+    words = ["launch", "recipe=smoke", "data=digits", "data.root=digits", "cluster=slurm_1x8", "cluster.devices=2"]
+    assert cli.main([*words, "--dry-run"]) == 0
+    assert not (slurm / "digits").exists()
+    assert cli.main(words) == 0
+    assert (slurm / "digits" / "dataset.json").exists()
+    assert capsys.readouterr().out.count("packing") == 1
+
+
+def test_doctor_asks_slurm_about_the_job_that_a_launch_would_submit(slurm, shards, capsys):
+    words = ["doctor", "--json", "data=folder", f"data.root={shards}", "data.global_batch_size=24", "trainer.threads=1",
+             "data.image_size=16", "model.stem=small", "cluster=slurm_1x8"]  # fmt: skip
+    for fails, state in (("", "ok"), ("invalid account", "fault")):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("FAILS", fails)
+            code = cli.main(words)
+        found = {finding["name"]: finding for finding in json.loads(capsys.readouterr().out)["findings"]}
+        assert (found["job"]["state"], code) == (state, 2 if fails else 0)
+    assert found["job"]["text"] == "sbatch: error: invalid account"
+    assert "memory" not in found  # of this machine, where the run is not
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", "/nowhere")
+        assert cli.main(words) == 0
+    (said,) = [f for f in json.loads(capsys.readouterr().out)["findings"] if f["section"] == "slurm"]
+    assert (said["state"], said["way_out"]) == ("warning", "look, and launch, where Slurm's commands are")
     assert not (slurm / "runs").exists()
 
 
@@ -302,9 +374,6 @@ def test_errors_name_field_value_rule_and_way_out(slurm, shards, capsys, monkeyp
     assert "--array 5-1 gives no number" in refused(capsys, 2, *here, "--array", "5-1")
     assert "--status RUN stands alone" in refused(capsys, 2, "--status", "runs/a", "--cancel", "runs/a")
     assert "runs/b holds no run that was launched" in refused(capsys, 2, "--status", "runs/b")
-    monkeypatch.setenv("FAILS", "invalid partition specified: nowhere")
-    line = refused(capsys, 1, *here, "slurm.partition=nowhere", "run.id=a")
-    assert "sbatch: error: invalid partition specified: nowhere; change the keys of slurm.*" in line
     monkeypatch.setenv("PATH", "/nowhere")
     assert "sbatch is not found: launch where Slurm's commands are" in refused(capsys, 1, *here)
 
