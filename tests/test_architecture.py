@@ -34,7 +34,7 @@ WALLS = {
     "omegaconf": ("config/composition",),
 }  # fmt: skip
 # launch/targets is the seam between an experiment and where it runs: cli submits what doctor has asked about.
-READERS_OF_CONFIG = ("cli/", "run/", "launch/plan", "launch/targets", "doctor/")
+READERS_OF_CONFIG = ("cli/", "run/", "launch/plan", "launch/targets", "launch/sweep", "doctor/")
 APART = {"norm", "models"}  # they import no other room, nor each other
 
 MODULES = sorted(PACKAGE.rglob("*.py"))

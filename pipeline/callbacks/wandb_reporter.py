@@ -47,7 +47,11 @@ class ServerError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class WandbPlace:
-    """Where a run belongs in W&B. id: kept in run.json, so that a resumed run goes on in the same place."""
+    """Where a run belongs in W&B. id: kept in run.json, so that a resumed run goes on in the same place.
+
+    sweep: the id of the one that gave it its parameters. returns: an interrupted run goes on by itself in its own job,
+    and W&B must not hand it to the sweep's next agent, as it does with one that says that it is preempted.
+    """
 
     id: str
     name: str
@@ -55,6 +59,8 @@ class WandbPlace:
     entity: str | None
     group: str | None
     tags: Sequence[str]
+    sweep: str | None = None
+    returns: bool = False
 
 
 class WandbReporter:
@@ -62,9 +68,13 @@ class WandbReporter:
 
     def __init__(
         self, place: WandbPlace, *, directory: Path, mode: str, config: dict[str, Any],
-        journal: Path | None = None, say: Callable[[str], object] = print,
+        journal: Path | None = None, say: Callable[[str], object] = print, stop: Callable[[], None] | None = None,
     ):  # fmt: skip
-        """Begin, or go on. directory: the run's. journal: its rows, up to the step from which the run goes on."""
+        """Begin, or go on. directory: the run's. journal: its rows, up to the step from which the run goes on.
+
+        stop: called where W&B wants the run to end; without it its client sends a SIGINT.
+        """
+        self.stop = stop
         self.place, self.directory, self.config, self.journal, self.say = place, directory, config, journal, say
         self.mode = wandb_mode(mode)
         self._exit_code, self._sent = 0, -1
@@ -77,7 +87,8 @@ class WandbReporter:
 
     def interrupted(self) -> None:
         self._exit_code = RESUMABLE
-        self._surely(lambda: self._run.mark_preempting())  # noqa: PLW0108  of the client that there is by then
+        if not self.place.returns:
+            self._surely(lambda: self._run.mark_preempting())  # noqa: PLW0108  of the client that there is by then
 
     def close(self) -> None:
         self._surely(lambda: self._run.finish(exit_code=self._exit_code))
@@ -132,7 +143,7 @@ class WandbReporter:
         return self._client("offline", config)
 
     def _client(self, mode: str, config: dict[str, Any]) -> Any:
-        return _begin(self.place, self.directory, mode, config, INIT_SECONDS, FINISH_SECONDS)
+        return _begin(self.place, self.directory, mode, config, INIT_SECONDS, FINISH_SECONDS, self.stop)
 
     def _position(self) -> int:
         """The position up to which W&B has the journal, -1 for nothing."""
@@ -166,7 +177,7 @@ class WandbReporter:
 
 def _begin(
     place: WandbPlace, directory: Path, mode: str, config: dict[str, Any] | None,
-    init_seconds: float, finish_seconds: float,
+    init_seconds: float, finish_seconds: float, stop: Callable[[], None] | None = None,
 ) -> Any:  # fmt: skip
     """W&B's own run. Raises one of its many errors."""
     os.environ.setdefault("WANDB_SILENT", "true")
@@ -181,7 +192,8 @@ def _begin(
         mode=mode,  # type: ignore[arg-type]
         settings=wandb.Settings(
             init_timeout=init_seconds, finish_timeout=finish_seconds, console="off",
-            x_transaction_log_flush_interval=FLUSH_SECONDS,
+            x_transaction_log_flush_interval=FLUSH_SECONDS, sweep_id=place.sweep,
+            stop_fn=stop,
         ),
     )  # fmt: skip
 
@@ -201,17 +213,31 @@ def send(place: WandbPlace, directory: Path, rows: Iterable[Values], *, exit_cod
 
 def last_position_on_server(place: WandbPlace, *, seconds: float) -> int:
     """How far the history on the server reaches, -1 for nothing. Raises ServerError."""
-    url = wandb.setup().settings.base_url
+    variables = {"project": place.project, "entity": place.entity, "name": place.id}
+    bucket = (asked("RunResumeStatus", _QUERY, variables, seconds=seconds).get("model") or {}).get("bucket") or {}
+    try:
+        tail = json.loads(bucket.get("historyTail") or "[]")
+        return int(json.loads(tail[-1])["_step"]) if tail else -1
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ServerError(f"{server()} does not answer as a W&B server does") from None
+
+
+def server() -> str:
+    """Its address."""
+    return str(wandb.setup().settings.base_url)
+
+
+def asked(operation: str, query: str, variables: dict[str, Any], *, seconds: float) -> dict[str, Any]:
+    """What the server answers to a question of GraphQL. Raises ServerError."""
+    url = server()
     key = _key(url)
     if key is None:
         raise ServerError(f"there is no key for {url}: set WANDB_API_KEY, or run `wandb login`")
-    variables = {"project": place.project, "entity": place.entity, "name": place.id}
-    query = {"operationName": "RunResumeStatus", "query": _QUERY, "variables": variables}
     if urllib.parse.urlsplit(url).scheme not in ("http", "https"):
         raise ServerError(f"WANDB_BASE_URL = {url} is no http(s) address")
     request = urllib.request.Request(  # noqa: S310  the scheme is checked
         f"{url}/graphql",
-        json.dumps(query).encode(),
+        json.dumps({"operationName": operation, "query": query, "variables": variables}).encode(),
         {
             "Content-Type": "application/json",
             "Authorization": f"Basic {base64.b64encode(f'api:{key}'.encode()).decode()}",
@@ -219,9 +245,11 @@ def last_position_on_server(place: WandbPlace, *, seconds: float) -> int:
     )
     try:
         with urllib.request.urlopen(request, timeout=seconds) as answer:  # noqa: S310
-            bucket = (json.load(answer)["data"]["model"] or {}).get("bucket") or {}
-        tail = json.loads(bucket.get("historyTail") or "[]")
-        return int(json.loads(tail[-1])["_step"]) if tail else -1
+            said = json.load(answer)
+        errors = said.get("errors") or []
+        if errors:
+            raise ServerError(f"{url} refuses: {reason(errors[0].get('message', 'no more is known'))}")
+        return dict(said["data"])
     except urllib.error.HTTPError as error:
         error.close()
         refused = "; is the key right? (WANDB_API_KEY, or `wandb login`)" if error.code in (401, 403) else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 DONE, FAILED, USAGE, BAD_DATA, RESUMABLE = 0, 1, 2, 3, 75
+NOTHING_LEFT = 4  # of `launch --draw`, which job scripts call: the sweep has no more runs
 
 
 def code_of(error: Exception) -> int | None:
@@ -12,7 +13,7 @@ def code_of(error: Exception) -> int | None:
         return FAILED  # no space, no permission, no such place
     if "InterruptedRunError" in names:
         return FAILED  # of an evaluation: nothing is kept; `train` answers its own with 75
-    if names & {"LockedError", "CheckpointError", "SyncError", "QueueError"}:
+    if names & {"LockedError", "CheckpointError", "SyncError", "QueueError", "SweepError"}:
         return FAILED
     if "FailedRunError" in names:
         return int(error.code)  # type: ignore[attr-defined]

@@ -14,6 +14,7 @@ from pipeline.cli.codes import DONE
 from pipeline.cli.options import add_verb
 from pipeline.cli.runs import typed
 from pipeline.cli.settling import settle
+from pipeline.cli.sweep import draw, in_sweep
 
 if TYPE_CHECKING:
     from pipeline.config import Config
@@ -23,7 +24,9 @@ def add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     p = add_verb(
         verbs, "launch", launch, "submit a run to Slurm, or go on with one; look after it; cancel it",
         "pipeline launch recipe=bn_x5 data=imagenet cluster=slurm_4x8 slurm.partition=gpu run.id=first\n"
-        "  pipeline launch --follow runs/first\n\n"
+        "  pipeline launch --follow runs/first\n"
+        "  pipeline launch --sweep vision/pipeline/x1y2z3 --array 0-7%2 recipe=bn_x5 data=cifar10 cluster=slurm_1x8"
+        "\n\n"
         "pipeline doctor looks first: a fault in config or environment ends it with code 2, one in data with 3",
     )  # fmt: skip
     p.add_argument(
@@ -34,20 +37,27 @@ def add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     p.add_argument("--force", action="store_true", help="submit it although doctor has found a fault")
     p.add_argument("--array", default="", metavar="0-5%2", help="a run for each number, which is its seed and the end "
                    "of its id; after %%, how many at a time")  # fmt: skip
+    p.add_argument("--sweep", default="", metavar="ENTITY/PROJECT/SWEEP", help="a sweep of W&B, which gives "
+                   "each run its parameters when it first starts")  # fmt: skip
     p.add_argument("--status", metavar="RUN", help="how far a run is, and where its jobs stand")
     p.add_argument("--cancel", metavar="RUN", help="end a run's jobs; the command that launched it goes on")
     p.add_argument("--follow", metavar="RUN", help="show what a run prints, until Ctrl-C")
+    p.add_argument("--draw", metavar="RUN", help="what a job does first in a run of a sweep: get its parameters, once "
+                   "(exit code 4: there are no more)")  # fmt: skip
 
 
 def launch(options: argparse.Namespace) -> int:
     from pipeline.config import ConfigError
     from pipeline.launch import queue
     from pipeline.launch.plan import identified
+    from pipeline.launch.sweep import sweep_of
 
     looks = {"--status": (options.status, _status), "--cancel": (options.cancel, _cancel),
-             "--follow": (options.follow, _follow)}  # fmt: skip
+             "--follow": (options.follow, _follow), "--draw": (options.draw, draw)}  # fmt: skip
     asked = [flag for flag, (run, _) in looks.items() if run is not None]
-    if len(asked) > 1 or (asked and (options.words or options.array or options.dry_run or options.force)):
+    if len(asked) > 1 or (
+        asked and (options.words or options.array or options.sweep or options.dry_run or options.force)
+    ):
         raise ConfigError(
             f"{asked[0]} RUN stands alone; leave out {' '.join(asked[1:] or options.words) or 'the rest'}"
         )
@@ -65,35 +75,37 @@ def launch(options: argparse.Namespace) -> int:
         raise queue.QueueError(
             "sbatch is not found: launch where Slurm's commands are, or look at the script with --dry-run"
         )
+    config, sweep = in_sweep(config, options.sweep) if options.sweep else (config, sweep_of(config))
     config = identified(config)
     if options.dry_run:
-        return _examined(config, options.array, show=True)
-    return _submit(config, options.array, options.force)
+        return _examined(config, options.array, sweep, show=True)
+    return _submit(config, options.array, sweep, options.force)
 
 
-def _submit(config: Config, array: str, force: bool) -> int:
+def _submit(config: Config, array: str, sweep: str, force: bool) -> int:
     from pipeline.data.shards import MANIFEST, write_atomically
     from pipeline.launch import queue
     from pipeline.launch.lock import locked
     from pipeline.launch.plan import freeze_run
     from pipeline.launch.slurm import JOBS, SCRIPT, render
+    from pipeline.launch.sweep import with_parameters
     from pipeline.launch.targets import numbers_of, runs_of, slurm_job
 
-    for run in runs_of(config, array):
+    for run in runs_of(config, array, sweep):
         _refuse_second_job(run)
-    code = _examined(config, array)
+    code = _examined(config, array, sweep)
     if code and not force:
         print("pipeline: not submitted; mend what is at fault, or submit it all the same with --force", file=sys.stderr)
         return code
     config, dataset = settle(config)
-    runs = runs_of(config, array)
+    runs = [with_parameters(run) for run in runs_of(config, array, sweep)]
     with ExitStack() as held:
         for number, run in enumerate(runs):
             held.enter_context(locked(run.directory))
-            runs[number] = freeze_run(run)
+            runs[number] = freeze_run(run, sweep)
             write_atomically(run.directory / MANIFEST, (dataset.directory / MANIFEST).read_bytes())
             (run.directory / "logs").mkdir(exist_ok=True)
-        script = render(slurm_job(runs, array))
+        script = render(slurm_job(runs, array, sweep))
         path = runs[0].directory / SCRIPT
         path.write_text(script)
     print(script)
@@ -107,17 +119,21 @@ def _submit(config: Config, array: str, force: bool) -> int:
     return DONE
 
 
-def _examined(config: Config, array: str, *, show: bool = False) -> int:
+def _examined(config: Config, array: str, sweep: str, *, show: bool = False) -> int:
     """What the doctor says of the first run and the job of all: its exit code. Writes, packs and indexes nothing.
 
     show: the script on stdout, the whole table on stderr.
     """
     from pipeline.launch.plan import agreed
     from pipeline.launch.slurm import render
+    from pipeline.launch.sweep import refuse_other_sweep, with_parameters
     from pipeline.launch.targets import runs_of, slurm_job
 
-    runs = [agreed(run) for run in runs_of(config, array)]
-    script = render(slurm_job(runs, array))
+    runs = runs_of(config, array, sweep)
+    for run in runs:
+        refuse_other_sweep(run, sweep)
+    runs = [agreed(with_parameters(run)) for run in runs]
+    script = render(slurm_job(runs, array, sweep))
     if show:
         print(script, flush=True)
     return preflight.before_submission(runs[0], script, whole=show)

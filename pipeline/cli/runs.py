@@ -14,9 +14,11 @@ from pipeline.cli.options import add_verb, seconds
 from pipeline.cli.settling import settle, settled
 
 if TYPE_CHECKING:
+    from pipeline.callbacks.wandb_reporter import WandbPlace
     from pipeline.config import Config
     from pipeline.data.dataset import Dataset
     from pipeline.launch.failure import FailedRunError
+    from pipeline.launch.plan import RunRecord
     from pipeline.world import World
 
 
@@ -63,8 +65,9 @@ def train(options: argparse.Namespace) -> int:
     from pipeline.launch.failure import FailedRunError
     from pipeline.launch.lock import locked
     from pipeline.launch.plan import CONFIG, named, open_run
+    from pipeline.launch.sweep import by_agent
 
-    config, dataset = settle(config)
+    config, dataset = settle(by_agent(config))
     config = named(config)
     with locked(config.directory):
         while True:
@@ -106,7 +109,6 @@ def evaluate(options: argparse.Namespace) -> int:
 
 def sync(options: argparse.Namespace) -> int:
     from pipeline.callbacks.sync import synchronize
-    from pipeline.callbacks.wandb_reporter import WandbPlace
     from pipeline.config import ConfigError
     from pipeline.launch.lock import locked
     from pipeline.launch.plan import CONFIG, RECORD, read_record
@@ -115,15 +117,22 @@ def sync(options: argparse.Namespace) -> int:
     if not ((directory / CONFIG).is_file() and (directory / RECORD).is_file()):
         raise ConfigError(f"{directory} is no run: it holds no {CONFIG}; give a directory like runs/NAME")
     config, record = _of_run(directory / CONFIG), read_record(directory)
-    place = WandbPlace(
-        id=record.wandb_id, name=config.run.id, project=config.tracking.project, entity=config.tracking.entity,
-        group=config.tracking.group, tags=config.tracking.tags,
-    )  # fmt: skip
+    place = place_of(config, record)
     ended = record.starts[-1].get("ended") if record.starts else None
     code = {"done": DONE, "interrupted": RESUMABLE}.get(str(ended), FAILED)
     with locked(directory):  # the segment of a run that goes on is still being written
         synchronize(directory, place, seconds=options.timeout, exit_code=code)
     return DONE
+
+
+def place_of(config: Config, record: RunRecord) -> WandbPlace:
+    """Where a run belongs in W&B."""
+    from pipeline.callbacks.wandb_reporter import WandbPlace
+
+    return WandbPlace(
+        id=record.wandb_id, name=config.run.id, project=config.tracking.project, entity=config.tracking.entity,
+        group=config.tracking.group, tags=config.tracking.tags, sweep=record.sweep.get("id"),
+    )  # fmt: skip
 
 
 def typed(words: Sequence[str]) -> Config:
@@ -154,6 +163,7 @@ def _train_here(config: Config) -> int:
     from pipeline import run
     from pipeline.callbacks.preemption import InterruptedRunError
     from pipeline.launch.failure import FailedRunError, leave_verdict
+    from pipeline.launch.plan import STOPPED
     from pipeline.world import World
 
     world = World.from_environment()
@@ -161,9 +171,11 @@ def _train_here(config: Config) -> int:
     try:
         run.train(config, world, Console(quiet=not world.leads))
     except InterruptedRunError as interruption:
+        stopped = (config.directory / STOPPED).exists()
         if world.leads:
-            print(f"pipeline: {interruption}; go on with: {config.way_on}", file=sys.stderr)
-        return RESUMABLE
+            why = "stopped by W&B: " if stopped else ""
+            print(f"pipeline: {why}{interruption}; go on with: {config.way_on}", file=sys.stderr)
+        return DONE if stopped else RESUMABLE
     except FailedRunError as failure:
         if config.world == 1:
             raise

@@ -69,6 +69,17 @@ def read_config(path: Path, overrides: Iterable[str] = ()) -> Config:
     return checked(from_mapping(content))
 
 
+def overridden(config: Config, values: dict[str, Any]) -> Config:
+    """The checked config with plain values of single keys, as in {"optimizer.rate": 0.1}. Raises ConfigError."""
+    content = dataclasses.asdict(config)
+    for key, value in values.items():
+        if key not in KEYS:
+            raise ConfigError(f"{key} is not a key{nearest(key, KEYS)}; `pipeline train --print-config` lists all")
+        section, _, name = key.rpartition(".")
+        (content[section] if section else content)[name] = value
+    return checked(from_mapping(content))
+
+
 def to_yaml(config: Config) -> str:
     """The complete config as text that `read_config` reads back to an equal one."""
     return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config)))

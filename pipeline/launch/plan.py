@@ -8,19 +8,25 @@ import secrets
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from pipeline.config import Config, ConfigError, completed, differences, read_config, to_yaml
 
 CONFIG, RECORD = "config.yaml", "run.json"
+STOPPED = ".stopped"  # there, once W&B has said that the run is to end
 STARTED = "metrics.csv"  # without it a run has not begun, and may still become another one
 
 
 @dataclass(slots=True)
 class RunRecord:
-    """run.json: what must outlive processes. wandb_id: the run's place in W&B. starts: when and where."""
+    """run.json: what must outlive processes. wandb_id: the run's place in W&B. starts: when and where.
+
+    sweep: empty, or the `id` of the sweep to which it belongs, and what it has drawn there (launch/sweep.py).
+    """
 
     wandb_id: str
     starts: list[dict[str, object]] = field(default_factory=list)
+    sweep: dict[str, Any] = field(default_factory=dict)
 
 
 def new_run_id(config: Config) -> str:
@@ -58,18 +64,36 @@ def open_run(config: Config) -> Config:
     return config
 
 
-def freeze_run(config: Config) -> Config:
-    """`open_run` without the start, which the run's first process notes where it begins. Raises as that does."""
+def freeze_run(config: Config, sweep: str = "") -> Config:
+    """`open_run` without the start, which the run's first process notes where it begins. Raises as that does.
+
+    sweep: the one to which it belongs.
+    """
     config = agreed(named(config))
     directory = config.directory
     try:
-        record = read_record(directory) if (directory / RECORD).exists() else RunRecord(wandb_id=secrets.token_hex(4))
+        record = read_record(directory) if (directory / RECORD).exists() else _new_record()
+        if sweep:
+            record.sweep["id"] = sweep
         refuse_crash_loop(config, record, newest_step(directory))
-        _write(directory / CONFIG, to_yaml(config))
-        _write_record(directory, record)
+        rewrite(config, record)
     except OSError as error:
         raise _unwritable(config, error) from None
     return config
+
+
+def _new_record() -> RunRecord:
+    """Of a run that begins: in W&B under an id of its own, or the one that an agent of W&B started it with."""
+    sweep, run = os.environ.get("WANDB_SWEEP_ID"), os.environ.get("WANDB_RUN_ID")
+    if sweep and run:
+        return RunRecord(wandb_id=run, sweep={"id": sweep, "agent": "wandb"})
+    return RunRecord(wandb_id=secrets.token_hex(4))
+
+
+def rewrite(config: Config, record: RunRecord) -> None:
+    """Write a run's config and record, each whole or not at all."""
+    _write(config.directory / CONFIG, to_yaml(config))
+    _write_record(config.directory, record)
 
 
 def agreed(config: Config) -> Config:
@@ -109,6 +133,7 @@ def begin_run(config: Config, **facts: str) -> None:
         now = datetime.now(tz=UTC).isoformat(timespec="seconds")
         record.starts.append({"at": now, "step": step, **_circumstance(config), **facts})
         _write_record(directory, record)
+        (directory / STOPPED).unlink(missing_ok=True)  # whoever starts it wants it to go on
     except OSError as error:
         raise _unwritable(config, error) from None
 

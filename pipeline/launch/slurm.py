@@ -24,6 +24,7 @@ class Job:
     """What the script is made of; fields as in the config's `slurm`, "" and 0 where nothing is asked of Slurm.
 
     run: the run's directory, or with array what stands before "-<number>" in the directories of its runs.
+    draws: each run asks its sweep for its parameters before its first start.
     places: directories that a container must see. directory: where the job runs, which relative paths start from.
     """
 
@@ -36,6 +37,7 @@ class Job:
     threads: int
     python: str
     array: str = ""
+    draws: bool = False
     partition: str = ""
     account: str = ""
     qos: str = ""
@@ -74,6 +76,7 @@ def render(job: Job) -> str:
         "restarts": str(job.restarts),
         "environment": "\n".join(_environment(job)),
         "task": "\n".join(f"  {line}" for line in _task(job)),
+        "start": "\n".join(_start(job)),
         "resubmit": (TEMPLATES / f"{job.resubmit}.sh").read_text().rstrip("\n"),
     }
     return _PLACE.sub(lambda place: parts[place[1]], (TEMPLATES / SCRIPT).read_text())
@@ -125,18 +128,24 @@ def _environment(job: Job) -> list[str]:
     return lines
 
 
+def _start(job: Job) -> list[str]:
+    """The start of all ranks, and before it, in a run of a sweep, the question for its parameters."""
+    if not job.draws:
+        return ['"${task[@]}" || code=$?']
+    one = _inside(job, "srun --nodes=1 --ntasks=1 --ntasks-per-node=1")
+    return [
+        "# A run of a sweep: the first start asks for its parameters, a later one finds them. 4: there are no more.",
+        "# shellcheck disable=SC2054",
+        "draw=(", *(f"  {line}" for line in one), f'  {_words(job.python)} -m pipeline launch --draw "$run"', ")",
+        '"${draw[@]}" || code=$?',
+        'if [[ $code == 4 ]]; then', '  say "the sweep is over: nothing was started"', "  exit 0", "fi",
+        '[[ $code != 0 ]] || "${task[@]}" || code=$?',
+    ]  # fmt: skip
+
+
 def _task(job: Job) -> list[str]:
     """The command that starts every rank, a line for each of its parts, as elements of an array of bash."""
-    lines = ["srun --kill-on-bad-exit=1"]
-    mounts = [*dict.fromkeys(f"{place}:{place}" for place in job.places), *job.mounts]
-    if job.container == "pyxis":
-        lines += [_words(f"--container-image={job.image}"),
-                  _words(f"--container-mounts={','.join(_both_sides(mount) for mount in mounts)}"),
-                  _words(f"--container-workdir={job.directory}")]  # fmt: skip
-    if job.container == "apptainer":
-        lines.append("apptainer exec" + (" --nv" if job.gpus_per_node else ""))
-        lines += [_words("--bind", mount) for mount in mounts]
-        lines.append(_words("--pwd", str(job.directory), job.image))
+    lines = _inside(job, "srun --kill-on-bad-exit=1")
     train = '-m pipeline train "$run/config.yaml"'
     if job.launcher == "srun":
         return [*lines, f"{_words(job.python)} {train}"]
@@ -148,6 +157,21 @@ def _task(job: Job) -> list[str]:
         '--master-addr="$MASTER_ADDR" --master-port="$MASTER_PORT"',
         train,
     ]
+
+
+def _inside(job: Job, srun: str) -> list[str]:
+    """How srun starts something where the package is: on the nodes, or in a container on them."""
+    lines = [srun]
+    mounts = [*dict.fromkeys(f"{place}:{place}" for place in job.places), *job.mounts]
+    if job.container == "pyxis":
+        lines += [_words(f"--container-image={job.image}"),
+                  _words(f"--container-mounts={','.join(_both_sides(mount) for mount in mounts)}"),
+                  _words(f"--container-workdir={job.directory}")]  # fmt: skip
+    if job.container == "apptainer":
+        lines.append("apptainer exec" + (" --nv" if job.gpus_per_node else ""))
+        lines += [_words("--bind", mount) for mount in mounts]
+        lines.append(_words("--pwd", str(job.directory), job.image))
+    return lines
 
 
 def _both_sides(mount: str) -> str:

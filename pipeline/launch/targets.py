@@ -19,13 +19,16 @@ _AS_THEY_ARE = ("partition", "account", "qos", "constraint", "exclude", "memory"
 _LISTS = ("options", "modules", "setup", "mounts")
 
 
-def runs_of(config: Config, array: str = "") -> list[Config]:
-    """The runs that one command starts: one, or one for each number of an array, which is its seed and the end of
-    its id. Raises ConfigError.
+def runs_of(config: Config, array: str = "", sweep: str = "") -> list[Config]:
+    """The runs that one command starts: one, or one for each number of an array, which is the end of its id.
+
+    It is the seed, too, unless a sweep gives each its parameters. Raises ConfigError.
     """
     if not array:
         return [config]
     runs = [completed(config, run={"id": f"{config.run.id}-{number}"}) for number in numbers_of(array)]
+    if sweep:
+        return runs
     return [dataclasses.replace(run, seed=number) for run, number in zip(runs, numbers_of(array), strict=True)]
 
 
@@ -37,7 +40,7 @@ def numbers_of(array: str) -> list[int]:
         raise ConfigError(str(error)) from None
 
 
-def slurm_job(runs: Sequence[Config], array: str = "") -> Job:
+def slurm_job(runs: Sequence[Config], array: str = "", sweep: str = "") -> Job:
     """The job of a run, or of the runs of an array, all of one shape. Raises ConfigError."""
     config, here = runs[0], Path.cwd()
     slurm, cluster = config.slurm, config.cluster
@@ -56,6 +59,7 @@ def slurm_job(runs: Sequence[Config], array: str = "") -> Job:
     return Job(
         name=name, run=run, script=config.directory.absolute() / SCRIPT, directory=here,
         nodes=cluster.nodes, devices=cluster.devices, threads=config.trainer.threads, array=array,
+        draws=bool(sweep),
         python=slurm.python or ("python3" if inside else sys.executable),
         gpus_per_node=gpus if slurm.gpus_per_node < 0 else slurm.gpus_per_node,
         places=tuple(places) if inside else (), **same,

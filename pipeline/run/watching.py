@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -20,11 +22,12 @@ from pipeline.callbacks.losses import Losses
 from pipeline.callbacks.population import Population
 from pipeline.callbacks.preemption import Preemption, SameStart
 from pipeline.callbacks.progress import ProgressReport
+from pipeline.callbacks.sweep import Heartbeat
 from pipeline.callbacks.tracking import Reporter, Tracking
 from pipeline.callbacks.wandb_reporter import TrackingError, WandbPlace, WandbReporter
 from pipeline.callbacks.watchdog import Watchdog
 from pipeline.config import ConfigError
-from pipeline.launch.plan import read_record
+from pipeline.launch.plan import STOPPED, read_record
 from pipeline.launch.pulse import Pulse, pulse_path
 from pipeline.run.assembly import Assembly
 
@@ -68,7 +71,7 @@ def build_watch(run: Assembly, reporters: Sequence[Reporter], console: Console) 
         bad_samples,
         losses,
         is_done=lambda trainer: tracking.validated_step == trainer.global_step,
-        on_interruption=partial(_tell_of_interruption, reporters),
+        on_interruption=partial(_tell_of_interruption, reporters, config.directory),
     )
     same_start = SameStart(losses.agreement, timedelta(minutes=config.cluster.timeout_minutes))
     layout = GradientLayout(config.data.image_size)
@@ -118,22 +121,35 @@ def build_reporters(run: Assembly, start: Path | None, console: Console) -> list
     path = config.directory / "metrics.csv"
     reporters: list[Reporter] = [ProgressReport(console, steps=run.steps), Journal(path, from_step=step)]
     if config.tracking.mode != "disabled":
+        record = read_record(config.directory)
         place = WandbPlace(
-            id=read_record(config.directory).wandb_id, name=config.run.id, project=config.tracking.project,
-            entity=config.tracking.entity, group=config.tracking.group, tags=config.tracking.tags,
+            id=record.wandb_id, name=config.run.id, project=config.tracking.project, entity=config.tracking.entity,
+            group=config.tracking.group, tags=config.tracking.tags, sweep=record.sweep.get("id"),
+            returns="parameters" in record.sweep,
         )  # fmt: skip
         say = partial(console.print, highlight=False, soft_wrap=True, markup=False)
         try:
             tracker = WandbReporter(place, directory=config.directory, mode=config.tracking.mode, config=asdict(config),
-                                    journal=path, say=say)  # fmt: skip
+                                    journal=path, say=say, stop=partial(_stop, config.directory))  # fmt: skip
         except TrackingError as error:
             raise ConfigError(f"tracking.mode = {config.tracking.mode}: {error}") from None
         where = f"  upload with: pipeline sync {config.directory}" if "offline" in tracker.mode else ""
         say(f"W&B {tracker.mode}, run {place.id}{where}")
         reporters.append(tracker)
+        if tracker.mode == "online" and place.returns:
+            agent = str(record.sweep["agent"])
+            reporters.append(Heartbeat(agent, place.id, partial(_stop, config.directory)))
     return reporters
 
 
-def _tell_of_interruption(reporters: Sequence[Reporter]) -> None:
+def _stop(directory: Path) -> None:
+    """W&B wants the run to end: somebody has said so on its page, or its sweep has seen enough. It saves, and ends."""
+    (directory / STOPPED).touch()
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _tell_of_interruption(reporters: Sequence[Reporter], directory: Path) -> None:
+    if (directory / STOPPED).exists():
+        return  # nobody is to go on with it
     for reporter in reporters:
         reporter.interrupted()

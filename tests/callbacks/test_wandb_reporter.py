@@ -1,6 +1,7 @@
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -284,3 +285,13 @@ def test_the_server_is_asked_how_far_it_is(server, monkeypatch, tmp_path):
     monkeypatch.delenv("WANDB_API_KEY")
     with pytest.raises(ServerError, match="there is no key for http"):
         last_position_on_server(PLACE, seconds=2)
+
+
+@pytest.mark.slow
+def test_a_stop_on_the_page_of_a_run_reaches_it(tmp_path, server):
+    """W&B's client hears of it in an answer to its rows, which it sends every 15 s."""
+    stopped = threading.Event()
+    reporter = WandbReporter(PLACE, directory=tmp_path, mode="auto", config={}, stop=stopped.set)
+    server.run.stopped = True
+    assert stopped.wait(60)
+    reporter.close()

@@ -22,17 +22,34 @@ class StoredRun:
     config: dict = field(default_factory=dict)
     preempting: bool = False
     exit_code: int | None = None
+    sweep: str | None = None
+    stopped: bool = False
 
     def bucket(self, entity: str) -> dict:
         """What a resuming client reads: the number of lines of each stream, and the last line of the history."""
         tail = [json.dumps(line) for line in self.history[-1:]]
         return {
             "id": self.name, "name": self.name, "displayName": self.name, "summaryMetrics": "{}", "tags": [],
-            "config": json.dumps(self.config), "wandbConfig": '{"t": 1}', "notes": None, "sweepName": None,
+            "config": json.dumps(self.config), "wandbConfig": '{"t": 1}', "notes": None, "sweepName": self.sweep,
             "historyLineCount": len(self.history), "eventsLineCount": 0, "logLineCount": 0,
             "historyTail": json.dumps(tail), "eventsTail": "[]", "description": None,
             "project": {"id": self.project, "name": self.project, "entity": {"id": entity, "name": entity}},
         }  # fmt: skip
+
+
+@dataclass
+class StoredSweep:
+    """parameters: of the runs that it has still to give. given: those that it gave, by run, in that order."""
+
+    parameters: list[dict]
+    names: list[str]
+    state: str = "RUNNING"
+    given: dict[str, dict] = field(default_factory=dict)
+    agents: list[str] = field(default_factory=list)
+
+    def config(self, command: list[str]) -> str:
+        varied = {name: {"values": [0]} for name in self.names}
+        return json.dumps({"method": "grid", "program": "none", "command": command, "parameters": varied})
 
 
 class WandbServer:
@@ -40,8 +57,13 @@ class WandbServer:
 
     entity = "someone"
 
-    def __init__(self, **fault: int | float):
+    def __init__(self, host: str = "127.0.0.1", **fault: int | float):
+        self.host = host
         self.runs: dict[str, StoredRun] = {}
+        self.sweeps: dict[str, StoredSweep] = {}
+        self.command: list[str] = []  # of every sweep, for `wandb agent`
+        self.stop: set[str] = set()  # runs that their agents are told to stop
+        self._one = threading.Lock()  # agent at a time
         self.calls: Counter[str] = Counter()
         self.received: list[bytes] = []
         self.fault: dict[str, int | float] = fault
@@ -93,7 +115,7 @@ class WandbServer:
                 self.wfile.write(data)
 
         self.closed = threading.Event()
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._http = ThreadingHTTPServer((host, 0), Handler)
         self._http.daemon_threads = True
         self._http.block_on_close = False
 
@@ -108,7 +130,7 @@ class WandbServer:
 
     @property
     def environment(self) -> dict[str, str]:
-        return {"WANDB_BASE_URL": f"http://127.0.0.1:{self._http.server_port}", "WANDB_API_KEY": KEY}
+        return {"WANDB_BASE_URL": f"http://{self.host}:{self._http.server_port}", "WANDB_API_KEY": KEY}
 
     @property
     def run(self) -> StoredRun:
@@ -141,7 +163,43 @@ class WandbServer:
         inserted = name not in self.runs
         run = self.runs.setdefault(name, StoredRun(variables.get("project") or "", name))
         run.config.update(json.loads(variables.get("config") or "{}"))
+        run.sweep = variables.get("sweep") or run.sweep
         return {"data": {"upsertBucket": {"bucket": run.bucket(self.entity), "inserted": inserted}}}
+
+    def sweep(self, *parameters: dict) -> StoredSweep:
+        """Make one, `swept`, that gives these to as many runs."""
+        names = list(dict.fromkeys(name for each in parameters for name in each))
+        self.sweeps["swept"] = StoredSweep(list(parameters), names)
+        return self.sweeps["swept"]
+
+    def Sweep(self, variables: dict) -> dict:
+        sweep = self.sweeps.get(variables["sweep"])
+        found = sweep and {"id": "s", "name": variables["sweep"], "state": sweep.state, "runs": {"edges": []},
+                           "config": sweep.config(self.command)}  # fmt: skip
+        return {"data": {"project": {"sweep": found}}}
+
+    SweepWithRuns = Sweep  # as wandb's own agent asks
+
+    def CreateAgent(self, variables: dict) -> dict:
+        sweep = self.sweeps[variables["sweep"]]
+        with self._one:
+            sweep.agents.append(f"{variables['sweep']}/{len(sweep.agents)}")
+            return {"data": {"createAgent": {"agent": {"id": sweep.agents[-1]}}}}
+
+    def Heartbeat(self, variables: dict) -> dict:
+        name = variables["id"].partition("/")[0]
+        sweep, running = self.sweeps[name], json.loads(variables["runState"])
+        with self._one:
+            commands: list[dict] = [{"type": "stop", "run_id": run} for run in running if run in self.stop]
+            if not running and sweep.parameters:
+                if sweep.state == "RUNNING":
+                    run = f"drawn{len(sweep.given)}"
+                    sweep.given[run] = sweep.parameters.pop(0)
+                    values = {key: {"value": value} for key, value in sweep.given[run].items()}
+                    commands = [{"type": "run", "run_id": run, "program": "none", "args": values}]
+            elif not running:
+                commands = [{"type": "exit"}]
+        return {"data": {"agentHeartbeat": {"agent": {"id": variables["id"]}, "commands": json.dumps(commands)}}}
 
     def CreateRunFiles(self, variables: dict) -> dict:
         files = [{"name": name, "uploadUrl": f"{self.environment['WANDB_BASE_URL']}/files/{name}"}
@@ -158,4 +216,4 @@ class WandbServer:
         run.preempting |= bool(body.get("preempting"))
         if body.get("complete"):
             run.exit_code = body.get("exitcode")
-        return {"exitcode": None, "limits": {}}
+        return {"exitcode": None, "limits": {}, "stopped": run.stopped}

@@ -32,6 +32,10 @@ JOBS = {
     "torchrun": dataclasses.replace(BARE, launcher="torchrun"),
     "chain": dataclasses.replace(BARE, resubmit="chain", interface="ib0"),
     "array": dataclasses.replace(BARE, array="0-5%2", script=Path("/runs/first-0/job.sbatch"), resubmit="chain"),
+    "sweep": dataclasses.replace(
+        BARE, array="0-7%2", draws=True, script=Path("/runs/first-0/job.sbatch"), container="apptainer",
+        image="/images/p.sif", **INSIDE,
+    ),
     "apptainer": dataclasses.replace(BARE, container="apptainer", image="/images/p.sif", **INSIDE),
     "pyxis": dataclasses.replace(BARE, container="pyxis", image="/images/p.sqsh", **INSIDE),
     "site": dataclasses.replace(
