@@ -60,7 +60,7 @@ def draw(directory: Path) -> int:
         return DONE
     place = sweep.Sweep(config.tracking.entity, config.tracking.project, str(record.sweep["id"]))
     with locked(directory):
-        if "parameters" not in record.sweep:
+        if "parameters" not in read_record(directory).sweep:  # asked again: who held the lock may have drawn
             try:
                 drawn = sweep.draw(place, seconds=DRAW_SECONDS, patience=PATIENCE)
             except ServerError as error:
