@@ -6,8 +6,9 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-from pipeline.data.cache import Prefetch, ShardCache
+from pipeline.data.cache import ShardCache
 from pipeline.data.order import Order
+from pipeline.data.prefetch import Prefetch
 from pipeline.data.shards import DataError, ShardEntry
 from pipeline.data.split import Split
 
