@@ -114,6 +114,9 @@ def test_config_survives_its_file(tmp_path):
         ("seed=4294967296", ["seed = 4294967296 must lie between 0 and 4294967295"]),
         ("optimizer.rate=nan", ["optimizer.rate = nan must be positive"]),
         ("norm.group_size=rack", ["norm.group_size = 'rack' is not offered", '"node"']),
+        ("data.stage=true", ["data.stage = true copies shards to data.cache, which is not set; give a directory on"]),
+        ("data.stage=/scratch", ["data.stage = '/scratch' has the wrong type; it must be true or false"]),
+        ("data.cache=${SCRATCH}/a", ["key 'SCRATCH' not found; a variable of the environment is $NAME, without"]),
     ],
 )
 def test_a_wrong_override_is_one_line_with_field_value_rule_and_way_out(override, parts):
@@ -141,12 +144,26 @@ def test_a_run_needs_an_end():
     assert "the run would not end" in refused("trainer.max_epochs=-1")
 
 
+def test_a_cluster_may_stage_whatever_it_is_given():
+    """A page of a cluster may ask for it: shards of a URL come to its nodes anyhow."""
+    config = compose_config(["data=folder", "data.root=s3://bucket/set", "data.stage=true"])
+    assert (config.data.location[0], config.data.location[-1]) == ("s3://bucket/set", True)
+
+
+def test_the_name_of_a_cache_stays_as_it_was_typed(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_TMPDIR", "/here")
+    config = compose_config(["data=digits", "data.stage=true", "data.cache=$SLURM_TMPDIR/$USER"])
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert read_config(tmp_path / "config.yaml").data.cache == config.data.cache == "$SLURM_TMPDIR/$USER"
+
+
 def test_identity_and_circumstance_are_told_apart():
     old = compose_config(["recipe=bn_x5", "data=digits"])
     elsewhere = compose_config(
         ["cluster.devices=4", "cluster.workers=2", "trainer.max_epochs=99", "tracking.mode=disabled", "ledger=true",
          "data.micro_batch_size=4", "run.dir=/elsewhere", "data.root=/other", "trainer.on_nan=skip",
-         "trainer.spike_factor=10", "cluster.hang_seconds=0"]
+         "trainer.spike_factor=10", "cluster.hang_seconds=0", "data.stage=true", "data.cache=/scratch",
+         "data.cache_gb=100"]
     )  # fmt: skip
     assert differences(elsewhere, old) == []
     other = differences(compose_config(["seed=1", "optimizer.rate=0.1", "data.global_batch_size=64"]), old)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from pipeline.cli.progress import Progress
@@ -17,8 +18,12 @@ def settled(config: Config) -> Config:
     return settle(config)[0]
 
 
-def settle(config: Config) -> tuple[Config, Dataset]:
-    """The data set, packed or indexed on first use, and the config with what it decides: classes, digest."""
+def settle(config: Config, *, elsewhere: bool = False) -> tuple[Config, Dataset]:
+    """The data set, packed or indexed on first use, and the config with what it decides: classes, digest.
+
+    elsewhere: the run happens on other machines, which alone may know the variables in the name of its cache; here
+    tables go to the default one then.
+    """
     from pipeline.config import ConfigError, completed
     from pipeline.data.dataset import Location
     from pipeline.data.decode import DECODER
@@ -27,9 +32,14 @@ def settle(config: Config) -> tuple[Config, Dataset]:
     from pipeline.data.shards import MANIFEST, DataError, difference, read_manifest
 
     data = config.data
+    location = Location(*data.location)
+    if location.unset_variables and elsewhere:
+        location = replace(location, cache="")
+    elif location.unset_variables and location.is_cached:
+        raise ConfigError(location.unset_variables)
     with Progress("indexing", "shards") as progress:
         dataset = ready_data(
-            Location(*data.location), source=data.source, workers=os.cpu_count() or 1, progress=progress,
+            location, source=data.source, workers=os.cpu_count() or 1, progress=progress,
             patient=bool(data.digest),  # a run that has begun waits for its server; who has mistyped a host does not
         )  # fmt: skip
     manifest = dataset.manifest

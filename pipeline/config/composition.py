@@ -12,7 +12,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
 from pipeline.config import schema
 from pipeline.config.rules import checked, nearest
@@ -40,6 +40,8 @@ def compose_config(overrides: Sequence[str]) -> Config:
         key, _, value = str(error.override).partition("=")
         shown = f"the value of {key}" if "://" in value else repr(error.override)  # a URL may hold a secret
         raise ConfigError(f"{shown} cannot be read; put quotes around the value: key='\"value\"'") from None
+    except InterpolationKeyError as error:
+        raise ConfigError(f"{_first_line(error)}; a variable of the environment is $NAME, without braces") from None
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_first_line(error)) from None
     content["run"].update({axis: str(choices[axis]) for axis in AXES})

@@ -52,6 +52,9 @@ def checked(config: Config) -> Config:
     if c.trainer.spike_factor and c.trainer.spike_factor <= 1:
         raise ConfigError(f"trainer.spike_factor = {c.trainer.spike_factor} would take every loss for a spike; it must "
                           "be above 1, or 0 for none")  # fmt: skip
+    if c.data.stage and not c.data.cache and "://" not in c.data.root:  # shards of a URL are on the node always
+        raise ConfigError("data.stage = true copies shards to data.cache, which is not set; give a directory on the "
+                          "nodes' own disks, as data.cache='$SLURM_TMPDIR/pipeline'")  # fmt: skip
     if c.trainer.max_epochs < 0 and c.trainer.max_steps < 0:
         raise ConfigError("trainer.max_epochs and trainer.max_steps are both -1, the run would not end; set one")
     if os.sep in c.run.id or c.run.id in (".", ".."):

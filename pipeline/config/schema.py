@@ -65,8 +65,12 @@ class DataConfig:
     global_batch_size: int = 256  # images an optimizer step, over all ranks
     micro_batch_size: int = 0  # images a rank holds at once; 0 = its whole share; less accumulates gradients
     window: int = 0  # shards shuffled together; 0 = all
-    cache: str = ""  # directory for remote shards, and for indexes of read-only roots; "" = ~/.cache/pipeline
-    cache_gb: float = 0.0  # limit on remote shards kept on a node, in 1e9 bytes; 0 = none
+    cache: str = (
+        ""  # directory for remote and staged shards, and for indexes of read-only roots; "" = ~/.cache/pipeline.
+    )
+    # May name variables that are set on the nodes alone: $SLURM_TMPDIR/pipeline
+    cache_gb: float = 0.0  # limit on shards kept there on a node, in 1e9 bytes; 0 = none
+    stage: bool = False  # copy the shards of a directory, too, to data.cache, each once a node, before they are read
     bad_samples: float = 1e-4  # fraction of an epoch's images that may be unreadable and replaced; more stop the run
     evaluation_crop: float = 0.875  # fraction of the shorter side that evaluation sees
     mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])  # of pixels in 0..1
@@ -75,9 +79,9 @@ class DataConfig:
     digest: str = ""  # of the data set, filled in when the run starts
 
     @property
-    def location(self) -> tuple[str, str, str, str, int]:
-        """Where the data set lies: root, train, val, cache, and the cache's limit in bytes."""
-        return self.root, self.train, self.val, self.cache, round(self.cache_gb * 1e9)
+    def location(self) -> tuple[str, str, str, str, int, bool]:
+        """Where the data set lies: root, train, val, cache, the cache's limit in bytes, and whether it is staged."""
+        return self.root, self.train, self.val, self.cache, round(self.cache_gb * 1e9), self.stage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,7 +174,8 @@ class SlurmConfig:
     python: str = ""  # the interpreter that has this package; "" = the one that launches, in a container python3
     container: str = "none"  # none, apptainer or pyxis
     image: str = ""  # a .sif or .sqsh file, or what the container's tool takes for one
-    mounts: list[str] = field(default_factory=list)  # SOURCE[:TARGET[:ro]]; the run's and the data's are always there
+    mounts: list[str] = field(default_factory=list)  # SOURCE[:TARGET[:ro]]; the run's and the data's are always there,
+    # and data.cache where no variable names it
     launcher: str = "srun"  # srun = a task a process; torchrun = a task a node
     resubmit: str = "requeue"  # how an interrupted job goes on: requeue = the same job; chain = one that follows it
     restarts: int = 100  # starts after the first that the job gives itself; 0 = none. Slurm's own are not bounded

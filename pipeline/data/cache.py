@@ -1,8 +1,9 @@
-"""Whole remote shards on local disk, shared by all processes of a node.
+"""Whole shards on the disk of a node, shared by all its processes: of a server, or of a slow file system.
 
     DIR/<hash of the URL>-<hash of the content>-000000.tar    a shard, complete and verified; mtime: its last use
     DIR/<hash of the URL>.partial                             a shard on its way, continued by whoever comes next
     DIR/<hash of the URL>.lock                                held by the process that downloads it: the bytes it needs
+    DIR/<hash of the URL>.different                           which version of a file is not what the manifest says
     DIR/.lock                                                 held while room is made
 
 Locks are flock's, which the kernel releases when a process dies. A shard is removed while others may read it: an open
@@ -17,15 +18,16 @@ import hashlib
 import os
 import re
 import shutil
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
 
-from pipeline.data.remote import CHUNK, RangeIgnored, Remote, Stopped, Unavailable, pause, say_again
+from pipeline.data.remote import CHUNK, Body, RangeIgnored, Stopped, Unavailable, pause, say_again
 from pipeline.data.shards import DataError
 
 SHARD = re.compile(r"[0-9a-f]{16}-[0-9a-f]{16}-.+")
@@ -34,8 +36,27 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 POLL = 0.1  # seconds between two looks whether others have made room
 
 
+class Origin(Protocol):
+    """Where shards come from: Remote, or Directory."""
+
+    def url(self, name: str) -> str:
+        """Its full name. Raises DataError for one that leaves the root."""
+
+    def size(self, name: str, stop: threading.Event | None = None) -> int:
+        """Bytes of a file."""
+
+    def version(self, name: str) -> str:
+        """What changes when the file does; "" where that is not known for nothing."""
+
+    def open(self, name: str, start: int = 0, stop: threading.Event | None = None) -> Body:
+        """One attempt at a file from byte `start` on. Raises Unavailable if another is worth it, or Stopped."""
+
+    def read_range(self, name: str, start: int, length: int) -> bytes:
+        """Some bytes of a file."""
+
+
 class Different(DataError):
-    """What the server has is not what the manifest says."""
+    """What the origin has is not what the manifest says."""
 
 
 class _Busy(Exception):
@@ -44,9 +65,9 @@ class _Busy(Exception):
 
 @dataclass(frozen=True)
 class ShardCache:
-    """Shards of one remote, under names that differ for any two URLs. Several remotes may share a directory."""
+    """Shards of one origin, under names that differ for any two URLs. Several origins may share a directory."""
 
-    remote: Remote
+    origin: Origin
     directory: Path
     limit: int = 0  # bytes of shards and partials together; 0 = none
     attempts: int = 8  # in a row that bring a shard no byte further
@@ -94,7 +115,7 @@ class ShardCache:
             except OSError as error:
                 raise self._unusable(error) from None
         raise DataError(
-            f"{self.remote.url(name)}: evicted {self.attempts} times before it could be opened; the limit of "
+            f"{self.origin.url(name)}: evicted {self.attempts} times before it could be opened; the limit of "
             f"{self.limit} bytes holds fewer shards than are read at once: raise it"
         )
 
@@ -103,7 +124,7 @@ class ShardCache:
         return self._present(name, size, sha256) is not None
 
     def used(self) -> int:
-        """Bytes of shards in the directory, of this remote and of others."""
+        """Bytes of shards in the directory, of this origin and of others."""
         total = 0
         for path in self.directory.glob("*"):
             with suppress(FileNotFoundError):
@@ -112,8 +133,24 @@ class ShardCache:
 
     def free(self) -> int:
         """Bytes left where the directory lies, or will lie."""
-        there = next(path for path in (self.directory.absolute(), *self.directory.absolute().parents) if path.exists())
-        return shutil.disk_usage(there).free
+        return shutil.disk_usage(self._there()).free
+
+    def refusal(self) -> str:
+        """Why nothing can be written where the directory lies, or will lie; "" if it can."""
+        try:
+            with tempfile.TemporaryFile(dir=self._there()):
+                return ""
+        except OSError as error:
+            return error.strerror or str(error)
+
+    def shares_disk_with(self, path: Path) -> bool:
+        """Whether the directory lies, or will lie, on the file system of a path."""
+        return self._there().stat().st_dev == path.stat().st_dev
+
+    def _there(self) -> Path:
+        """The directory, or the nearest one above it that exists."""
+        directory = self.directory.absolute()
+        return next(path for path in (directory, *directory.parents) if path.exists())
 
     def forget(self, name: str) -> None:
         """Remove what the cache holds of a shard, so that it is downloaded anew."""
@@ -125,7 +162,7 @@ class ShardCache:
         return self.directory / f"{self._key(name)}.{kind}"
 
     def _key(self, name: str) -> str:
-        return hashlib.blake2b(self.remote.url(name).encode(), digest_size=8).hexdigest()
+        return hashlib.blake2b(self.origin.url(name).encode(), digest_size=8).hexdigest()
 
     def _path(self, name: str, sha256: str) -> Path:
         # With the content's hash in its name, a shard that was replaced under the same URL is never taken for the new.
@@ -184,15 +221,25 @@ class ShardCache:
 
     def _download(self, name: str, size: int | None, sha256: str, lock: int, stop: threading.Event | None) -> Path:
         """stop: None if the caller waits for the shard, whatever it takes."""
-        total = self.remote.size(name, stop) if size is None else size
-        partial = self._named(name, "partial")
+        total = self.origin.size(name, stop) if size is None else size
+        partial, different = self._named(name, "partial"), self._named(name, "different")
+        version = f"{sha256} {known}" if sha256 and (known := self.origin.version(name)) else ""
+        if version and _text(different) == version:
+            raise Different(
+                f"{self.origin.url(name)}: content differs from the manifest, as a copy of it did; bring the file "
+                "back, or write the manifest again (of tars of others: `pipeline shards index`)"
+            )
         try:
             self._make_room(name, total, lock, stop)
+            self._check_space(total, partial)
             with partial.open("a+b") as file:
                 try:
                     content = self._receive(name, file, total, sha256, stop or threading.Event())
                 except Different:
                     partial.unlink()  # of no use to whoever comes next
+                    if version:
+                        with suppress(OSError):
+                            different.write_text(version)
                     raise
                 os.fsync(file.fileno())
             path = self._path(name, content)
@@ -200,6 +247,7 @@ class ShardCache:
             with self._holding(self.directory / ".lock"):  # or the shard and its promise would both be counted
                 partial.replace(path)
                 os.ftruncate(lock, 0)
+            different.unlink(missing_ok=True)
         except OSError as error:
             if error.errno in FULL:
                 partial.unlink(missing_ok=True)
@@ -208,7 +256,7 @@ class ShardCache:
 
     def _receive(self, name: str, file: BinaryIO, total: int, sha256: str, stop: threading.Event) -> str:
         """Fill a partial up to `total` bytes; returns the hash of its content."""
-        url = self.remote.url(name)
+        url = self.origin.url(name)
         part = _Partial(file, stop)
         if part.length > total or not sha256:
             part.restart()  # where no hash tells, what a dead process left may be of an older file
@@ -245,8 +293,8 @@ class ShardCache:
 
     def _append_body(self, name: str, part: _Partial, total: int, hashed: bool, stop: threading.Event) -> None:
         """One attempt at the rest of a shard. hashed: a wrong joint will be found."""
-        url = self.remote.url(name)
-        with closing(self.remote.open(name, part.length, stop)) as body:
+        url = self.origin.url(name)
+        with closing(self.origin.open(name, part.length, stop)) as body:
             if body.size != total:
                 raise Different(
                     f"{url}: its length of {body.size} bytes differs from the {total} expected; bring the file back, "
@@ -268,7 +316,7 @@ class ShardCache:
             return
         if total > self.limit:
             raise DataError(
-                f"{self.remote.url(name)}: its {total} bytes exceed the cache's limit of {self.limit}; raise the limit"
+                f"{self.origin.url(name)}: its {total} bytes exceed the cache's limit of {self.limit}; raise the limit"
             )
         while True:
             with self._holding(self.directory / ".lock"):
@@ -279,6 +327,12 @@ class ShardCache:
             if stop is not None:
                 raise _Busy
             time.sleep(POLL)
+
+    def _check_space(self, total: int, partial: Path) -> None:
+        """Raises OSError before the first byte of what the disk has no room for: else it would be filled in vain."""
+        disk, here = shutil.disk_usage(self.directory), partial.stat().st_size if partial.exists() else 0
+        if disk.total and disk.free < total - here:  # some file systems say 0 of 0
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def _evict(self, allowed: int, own: str) -> bool:
         """Remove the least recently used until all but the shard `own` takes `allowed` bytes; False if it cannot."""
@@ -324,6 +378,13 @@ def _promised(lock: Path) -> int | None:
     finally:
         os.close(file)
     return None
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
 
 
 def _use(path: Path) -> None:

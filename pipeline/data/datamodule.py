@@ -42,7 +42,9 @@ class ImageData(lightning.LightningDataModule):
         shares = TrainShares(train, augment, batching)
         evaluation = partial(open_evaluation, dataset, num_classes, crop, batching)
         workers = Workers(Items(shares, evaluation), batching.workers)
-        ahead = ReadAhead(dataset.cache, train.split, shares.order) if dataset.cache else None
+        ahead = None
+        if dataset.cache is not None:
+            ahead = ReadAhead(dataset.cache, train.split, shares.order, staged=dataset.is_staged)
         self.train_loader = TrainLoader(workers, digest=dataset.manifest.digest, read_ahead=ahead)
         self.val_loader = EvaluationLoader(workers)
         self.names = sample_names(train.split, batching)

@@ -3,6 +3,7 @@
 packed        ROOT/dataset.json is there: read it
 foreign       tars alone: indexed once, into ROOT/.pipeline or, where ROOT is read-only, into the cache
 remote        manifest and tables are fetched into the cache, shards when they are needed
+staged        packed or foreign on a slow file system: shards, too, are copied into the cache when they are needed
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +21,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from pipeline.data.cache import ShardCache
+from pipeline.data.directory import Directory
 from pipeline.data.discovery import INFO, find_shards
 from pipeline.data.indexing import IndexJob, Progress, index_dataset
 from pipeline.data.remote import Remote, check_location, is_remote
@@ -37,6 +40,7 @@ from pipeline.data.split import Split, open_split, table_path, write_table
 
 _BESIDE = ".pipeline"
 _CONTACTS = 3  # tries within two seconds, for a host that somebody has just typed
+_VARIABLE = re.compile(r"\$(?:\{([^}]*)\}|(\w+))")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,17 +50,45 @@ class Location:
     root: str  # a directory, or an http(s), s3 or gs URL
     train: str = ""
     val: str = ""
-    cache: str = ""  # directory for remote shards and for indexes of read-only roots; "" = ~/.cache/pipeline
-    cache_bytes: int = 0  # limit on remote shards kept; 0 = none
+    cache: str = ""  # directory for shards and for indexes of read-only roots, as $TMPDIR/p; "" = ~/.cache/pipeline
+    cache_bytes: int = 0  # limit on shards kept there; 0 = none
+    stage: bool = False  # shards of a directory go through the cache, too
 
     @property
     def cache_directory(self) -> Path:
-        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        return Path(self.cache).expanduser() if self.cache else home / "pipeline"
+        """Where the cache lies on this node. Raises DataError where it is named by a variable that is not set here."""
+        if not self.cache:
+            return _home_cache()
+        if self.unset_variables:
+            raise DataError(self.unset_variables)
+        return Path(os.path.expandvars(self.cache)).expanduser()
+
+    @property
+    def unset_variables(self) -> str:
+        """Why there is no cache here: a variable in its name is not set, or empty. "" if there is one."""
+        names = [braced or plain for braced, plain in _VARIABLE.findall(self.cache)]
+        unset = [name for name in dict.fromkeys(names) if not os.environ.get(name)]
+        if not unset:
+            return ""
+        return (
+            f"data.cache = {self.cache}: {' and '.join(unset)} {'is' if len(unset) == 1 else 'are'} not set on this "
+            "node; set what is missing, or name the directory without it"
+        )
+
+    @property
+    def index_directory(self) -> Path:
+        """Where an index goes that cannot lie beside its shards: not where they are staged, which goes with the job."""
+        cache = _home_cache() if self.stage and not self.is_remote else self.cache_directory
+        return cache / "indexes" / self.name
 
     @property
     def is_remote(self) -> bool:
         return is_remote(self.root)
+
+    @property
+    def is_cached(self) -> bool:
+        """Whether shards go through the cache."""
+        return self.is_remote or self.stage
 
     @property
     def name(self) -> str:
@@ -78,23 +110,36 @@ class Dataset:
         classes = num_classes or len(self.manifest.classes)
         return open_split(self.location.root.rstrip("/"), self.directory, self.manifest, name, classes)
 
+    @property
+    def is_staged(self) -> bool:
+        """Whether the cache holds copies of what can be read where it lies."""
+        return self.cache is not None and not self.location.is_remote
+
     def path(self, entry: ShardEntry) -> Path:
-        """The shard on this node, fetched if need be."""
-        if self.cache is None:
+        """The shard: fetched, if it is remote; where it lies, if it is staged."""
+        if self.cache is None or self.is_staged:
             return Path(self.location.root) / entry.shard
         return self.cache.fetch(entry.shard, size=entry.bytes, sha256=entry.sha256)
 
     def open(self, entry: ShardEntry) -> BinaryIO:
-        """The shard, to be read at any offset. Raises DataError."""
+        """The shard, to be read at any offset. Raises DataError.
+
+        A shard that cannot be staged (a full disk, a copy that is not what the manifest says) is read where it lies:
+        what a run without staging would bear does not end one with it.
+        """
         if self.cache is not None:
-            return self.cache.open(entry.shard, size=entry.bytes, sha256=entry.sha256)
+            try:
+                return self.cache.open(entry.shard, size=entry.bytes, sha256=entry.sha256)
+            except DataError:
+                if not self.is_staged:
+                    raise  # else read_ahead.py says it: once a node, not in each of its processes
         try:
             return self.path(entry).open("rb")
         except OSError as error:
             raise DataError(f"{self.path(entry)}: {error.strerror}; it was there at the start") from None
 
     def streaming(self, window: int) -> list[str]:
-        """For whom it may concern at the start: where remote shards come from, and go to. window: 0 = all."""
+        """For whom it may concern at the start: where shards come from, and are copied to. window: 0 = all."""
         if self.cache is None:
             return []
         cache, train = self.cache, self.manifest.splits["train"]
@@ -102,22 +147,31 @@ class Dataset:
         total = sum(entry.bytes for entry in entries)
         here = sum(e.bytes for e in entries if cache.use(e.shard, size=e.bytes, sha256=e.sha256))
         bound = f"{cache.limit / 1e9:.3g} GB at most" if cache.limit else "all of them"
+        verb = "staging" if self.is_staged else "streaming"
         lines = [
-            f"streaming {self.location.root}: {len(entries)} shards, {total / 1e9:.3g} GB, {here / 1e9:.3g} GB of it "
-            f"here already; {cache.directory} keeps {bound}"
+            f"{verb} {self.location.root}: {len(entries)} shards, {total / 1e9:.3g} GB, {here / 1e9:.3g} GB of it here "
+            f"already; {cache.directory} keeps {bound}"
         ]
+        if self.is_staged and (refusal := cache.refusal()):
+            lines.append(f"{cache.directory} cannot be written ({refusal}): what is not here is read where it lies; "
+                         "give another directory, data.cache")  # fmt: skip
+            return lines
         if here < total and not 0 < window < len(train):
             lines.append(f"data.window = {window} shuffles over all {len(train)} training shards: the first step waits "
                          "for most of them; a smaller one, in a new run, for as many as it says")  # fmt: skip
+        if self.is_staged and cache.shares_disk_with(Path(self.location.root)):
+            lines.append(f"{cache.directory} lies on the file system of {self.location.root}, so that staging gains "
+                         "nothing; give a disk of the node, data.cache")  # fmt: skip
         coming = min(total - here, max(0, cache.limit - cache.used())) if cache.limit else total - here
         if coming > (free := cache.free()):
-            lines.append(f"{cache.directory} has {free / 1e9:.3g} GB free, and {coming / 1e9:.3g} GB are to come; give "
-                         "another directory, data.cache, or a limit, data.cache_gb with data.window")  # fmt: skip
+            rest = ": what finds no room is read where it lies" if self.is_staged else ""
+            lines.append(f"{cache.directory} has {free / 1e9:.3g} GB free, and {coming / 1e9:.3g} GB are to come{rest};"
+                         " give another directory, data.cache, or a limit, data.cache_gb with data.window")  # fmt: skip
         return lines
 
     def check_shards(self) -> None:
         """Raises DataError for a local shard that is missing, not indexed, or of another size than it was."""
-        if self.cache is not None:
+        if self.location.is_remote:
             return
         root = Path(self.location.root)
         if self.directory != root:
@@ -165,15 +219,16 @@ def open_dataset(
     if location.is_remote:
         return _open_remote(location, workers, again, patient, progress, say)
     root = Path(location.root)
+    cache = _shard_cache(location) if location.stage else None
     if (root / MANIFEST).exists() and not (location.train or location.val):
         if again:
             _rebuild_tables(root, say)
-        return Dataset(location, root, read_manifest(root))
+        return Dataset(location, root, read_manifest(root), cache)
     if not root.is_dir():
         read_manifest(root)  # says what is wrong
     directory = _index_directory(location, root)
     if (directory / MANIFEST).exists() and not again:
-        return Dataset(location, directory, read_manifest(directory))
+        return Dataset(location, directory, read_manifest(directory), cache)
     with _alone(directory):
         if again or not (directory / MANIFEST).exists():
             splits, stated = _found(location)
@@ -183,7 +238,7 @@ def open_dataset(
                 for split, shards in splits.items() for shard in shards
             ]  # fmt: skip
             _index(jobs, directory, again, stated, workers, progress, say, str(root))
-    return Dataset(location, directory, read_manifest(directory))
+    return Dataset(location, directory, read_manifest(directory), cache)
 
 
 def awaiting_index(location: Location) -> int:
@@ -200,8 +255,8 @@ def _open_remote(
 ) -> Dataset:
     root = location.root.rstrip("/")
     remote = Remote(root) if patient else Remote(root, contacts=_CONTACTS)
-    directory = location.cache_directory / "indexes" / location.name
-    cache = ShardCache(Remote(root), location.cache_directory / "shards", limit=location.cache_bytes)
+    directory = location.index_directory
+    cache = _shard_cache(location)
     published = not (location.train or location.val)
     with _alone(directory):
         content = remote.read_if_there(MANIFEST) if published else None
@@ -288,7 +343,16 @@ def _index_directory(location: Location, root: Path) -> Path:
     beside = root / _BESIDE / (patterns if location.train or location.val else "")
     if (beside / MANIFEST).exists() or os.access(root, os.W_OK):
         return beside
-    return location.cache_directory / "indexes" / location.name
+    return location.index_directory
+
+
+def _home_cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pipeline"
+
+
+def _shard_cache(location: Location) -> ShardCache:
+    origin = Remote(location.root) if location.is_remote else Directory(location.root)
+    return ShardCache(origin, location.cache_directory / "shards", limit=location.cache_bytes)
 
 
 def _local(root: str, shard: str) -> BinaryIO:
@@ -313,8 +377,9 @@ def _size(path: Path) -> int | None:
 def _alone(directory: Path) -> Iterator[None]:
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        with (directory / ".lock").open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield
-    except PermissionError as error:
+        file = (directory / ".lock").open("w")
+    except OSError as error:  # no permission, a read-only or full disk, a file in the way
         raise DataError(f"{error.filename}: {error.strerror}; give a directory to write to, data.cache") from None
+    with file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

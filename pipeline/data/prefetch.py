@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from pipeline.data.cache import ShardCache
@@ -26,12 +26,20 @@ class Prefetch:
     With what the consumer needs now it takes at most the cache's limit, and what it has brought counts as used until
     the consumer is past it: what is evicted for a shard is none that is still to be read. Several ranks of a node may
     prefetch the same shards: what one downloads the others pass over. A shard that could not be had is kept in
-    `errors` and left to the consumer's own fetch, which tries again and raises. A copy in another process rests.
+    `errors`, told to `failed`, and left to the consumer's own fetch, which tries again and raises. A copy in another
+    process rests.
     """
 
-    def __init__(self, cache: ShardCache, shards: Iterable[tuple[str, int | None, str]], *, ahead: int) -> None:
+    def __init__(
+        self,
+        cache: ShardCache,
+        shards: Iterable[tuple[str, int | None, str]],
+        *,
+        ahead: int,
+        failed: Callable[[Exception], None] = lambda error: None,
+    ) -> None:
         """shards: name, size and sha256 in the order in which they will be needed; may be endless."""
-        self.cache, self.ahead = cache, ahead
+        self.cache, self.ahead, self._failed = cache, ahead, failed
         self.errors: deque[Exception] = deque(maxlen=16)
         self._position = 0
         self._ended = threading.Event()
@@ -77,6 +85,7 @@ class Prefetch:
                     return
                 except Exception as error:
                     self.errors.append(error)
+                    self._failed(error)
         except Exception as error:  # of the order itself
             self.errors.append(error)
 

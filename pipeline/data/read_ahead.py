@@ -1,4 +1,4 @@
-"""Remote shards brought into the node's cache before the order comes to them: this window's and the next."""
+"""Shards brought into the node's cache before the order comes to them: this window's and the next."""
 
 from __future__ import annotations
 
@@ -31,11 +31,17 @@ def check_room(limit: int, entries: Sequence[ShardEntry], window: int) -> None:
 
 
 class ReadAhead:
-    """Follows one loader through the epochs. say: told how the first window comes. Raises DataError: check_room."""
+    """Follows one loader through the epochs. Raises DataError: check_room.
 
-    def __init__(self, cache: ShardCache, split: Split, order: Order):
-        self.cache, self.split, self.order = cache, split, order
+    staged: the shards can be read where they lie. say: told how the first window comes. warn: of staged shards, told
+    which cannot be, and why, each reason once; whoever reads one goes on without a word.
+    """
+
+    def __init__(self, cache: ShardCache, split: Split, order: Order, *, staged: bool = False):
+        self.cache, self.split, self.order, self.staged = cache, split, order, staged
         self.say: Callable[[str], None] = lambda text: None
+        self.warn: Callable[[str], None] = lambda text: None
+        self._warned: set[str] = set()
         check_room(cache.limit, split.entries, order.window)
         self._prefetch: Prefetch | None = None
         self._start = (0, 0)  # epoch, window
@@ -47,7 +53,8 @@ class ReadAhead:
         if self._prefetch is None or self._passed(*place) < self._reached:
             self.close()
             self._start = place
-            self._prefetch = Prefetch(self.cache, self._shards(*place), ahead=2 * self.order.window - 1)
+            ahead = 2 * self.order.window - 1
+            self._prefetch = Prefetch(self.cache, self._shards(*place), ahead=ahead, failed=self._failed)
         self.at(epoch, index)
 
     def at(self, epoch: int, index: int) -> None:
@@ -63,6 +70,11 @@ class ReadAhead:
             self._prefetch = None
         self._reached = 0
 
+    def _failed(self, error: Exception) -> None:
+        if self.staged and str(error) not in self._warned:
+            self._warned.add(str(error))
+            self.warn(f"WARNING: not staged, but read where it lies: {error}")
+
     def _passed(self, epoch: int, window: int) -> int:
         """Shards between the start and a window."""
         windows = window - self._start[1]
@@ -77,7 +89,8 @@ class ReadAhead:
             if time.monotonic() - told > _REPORT_SECONDS:
                 told = time.monotonic()
                 total, done = (sum(e.bytes for e in entries[:n]) / 1e9 for n in (order.window, number))
-                self.say(f"fetching the first window: {number} of {len(entries[: order.window])} shards, {done:.3g} of "
+                verb = "staging" if self.staged else "fetching"
+                self.say(f"{verb} the first window: {number} of {len(entries[: order.window])} shards, {done:.3g} of "
                          f"{total:.3g} GB")  # fmt: skip
             yield entry.shard, entry.bytes, entry.sha256
         for entry in entries[order.window :]:

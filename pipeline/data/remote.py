@@ -128,6 +128,13 @@ class Body:
         self.chunks.close()
 
 
+def below(root: str, name: str) -> str:
+    """A name below a root. Raises DataError for one that leaves it."""
+    if any(part in ("", ".", "..") for part in name.split("/")) or not name.isprintable():
+        raise DataError(f"shard name = {name!r} must be a plain path below {root}; correct it in the manifest")
+    return f"{root}/{name}"
+
+
 @dataclass(frozen=True)
 class Remote:
     """Files below a root. Holds no connection, so that it can be pickled; each process opens its own."""
@@ -146,9 +153,11 @@ class Remote:
 
     def url(self, name: str) -> str:
         """The URL of a file. Raises DataError for a name that leaves the root."""
-        if any(part in ("", ".", "..") for part in name.split("/")) or not name.isprintable():
-            raise DataError(f"shard name = {name!r} must be a plain path below {self.root}; correct it in the manifest")
-        return f"{self.root}/{name}"
+        return below(self.root, name)
+
+    def version(self, name: str) -> str:
+        """Nothing: a server would have to be asked."""
+        return ""
 
     def size(self, name: str, stop: threading.Event | None = None) -> int:
         """Bytes of a file, as the server announces them."""

@@ -39,12 +39,12 @@ class ShardStream:
         return payload
 
     def _range(self, shard: int, offset: int, length: int) -> bytes:
-        """Bytes straight from the server; none where they are to be had on this node, or from a whole shard only."""
+        """Bytes straight from the origin; none where they are to be had on this node, or from a whole shard only."""
         entry, cache = self.split.entries[shard], self.dataset.cache
         if self.whole or cache is None or cache.use(entry.shard, size=entry.bytes, sha256=entry.sha256):
             return b""
         try:
-            return cache.remote.read_range(entry.shard, offset, length)
+            return cache.origin.read_range(entry.shard, offset, length)
         except RangeIgnored:
             return b""
 

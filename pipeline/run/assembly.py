@@ -34,6 +34,7 @@ from pipeline.training.loss import Loss
 from pipeline.training.schedule import Schedule
 from pipeline.world import World
 
+_LOG = logging.getLogger(__name__)
 _NEVER = 2**31
 PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed", "64": "64-true"}
 
@@ -61,6 +62,8 @@ def assemble(config: Config, world: World) -> Assembly:
     torch.set_num_threads(config.trainer.threads or 1)
     lightning.seed_everything(config.seed, verbose=False)
     data = build_data(config, world)
+    if data.train_loader.read_ahead is not None and world.local_rank == 0:  # once a node; the leading rank's goes to
+        data.train_loader.read_ahead.warn = partial(_LOG.warning, "node %d: %s", world.node)  # its console
     classifier = Classifier(
         build_model(config),
         prepare=Preparation(config.data.mean, config.data.std),
@@ -84,7 +87,10 @@ def assemble(config: Config, world: World) -> Assembly:
 
 
 def build_data(config: Config, world: World) -> ImageData:
-    dataset = open_dataset(Location(*config.data.location), workers=config.trainer.threads or 1, say=lambda text: None)
+    location = Location(*config.data.location)
+    if location.is_cached and location.unset_variables:
+        raise ConfigError(location.unset_variables)
+    dataset = open_dataset(location, workers=config.trainer.threads or 1, say=lambda text: None)
     if config.data.digest not in ("", dataset.manifest.digest):
         raise DataError(
             f"data.root = {config.data.root} holds another data set here than where the run was started; copy that one"

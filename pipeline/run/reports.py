@@ -42,7 +42,7 @@ def announce(run: Assembly, start: Path | None, console: Console) -> None:
     for line in run.data.dataset.streaming(config.data.window):
         console.print(line, highlight=False, soft_wrap=True)
     if loader.read_ahead is not None:
-        loader.read_ahead.say = partial(console.print, highlight=False, soft_wrap=True)
+        loader.read_ahead.say = loader.read_ahead.warn = partial(console.print, highlight=False, soft_wrap=True)
 
 
 def _mixing(order: Order, label_S: NDArray[np.int32], batch_size: int) -> str:

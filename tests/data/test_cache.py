@@ -292,7 +292,7 @@ ShardCache(Remote(root), Path(directory)).fetch("000000.tar", size=int(size), sh
 def test_a_killed_or_interrupted_download_is_continued_by_the_next(server, tmp_path, sign):
     cache = cache_of(server, tmp_path, limit=SIZE)
     server.fail("/set/000000.tar", Fault(pace=0.05))
-    command = [sys.executable, "-c", KILLED, cache.remote.root, str(cache.directory), str(SIZE), SHA256[FIRST]]
+    command = [sys.executable, "-c", KILLED, cache.origin.root, str(cache.directory), str(SIZE), SHA256[FIRST]]
     with subprocess.Popen(command, stderr=subprocess.PIPE) as process:
         try:
             until(lambda: any(p.stat().st_size > 500_000 for p in partials(cache)))
@@ -419,7 +419,7 @@ def test_a_full_disk_is_named_and_given_back_what_the_partial_took(server, tmp_p
         sys.executable,
         "-c",
         limited + KILLED,
-        cache.remote.root,
+        cache.origin.root,
         str(cache.directory),
         str(SIZE),
         SHA256[FIRST],

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from pipeline.cli.settling import settle
-from pipeline.config import compose_config
+from pipeline.config import ConfigError, compose_config
 from pipeline.data.augment import Augmentation, CentreCrop
 from pipeline.data.batch import Batch
 from pipeline.data.datamodule import ImageData
@@ -107,6 +107,20 @@ def test_a_resumed_run_refuses_a_set_that_was_changed_on_the_server_and_names_th
     running.__setstate__(running.__getstate__())  # as a worker does that starts now: it maps the run's own table
     assert running.digest(0) == dataset.split("train").digest(0)
     assert len(dataset.split("val")) == 35
+
+
+def test_where_the_variables_of_nodes_are_not_set_tables_go_to_the_default_cache(server, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("SLURM_TMPDIR", raising=False)
+    config = compose_config(["data=folder", f"data.root={server.url}/set", "data.cache=$SLURM_TMPDIR",
+                             "data.stage=true", "data.global_batch_size=24"])  # fmt: skip
+    settled, dataset = settle(config, elsewhere=True)
+    assert dataset.directory.is_relative_to(tmp_path / "home" / "pipeline")
+    assert (settled.data.cache, settled.data.digest) == ("$SLURM_TMPDIR", dataset.manifest.digest)
+    with pytest.raises(ConfigError, match=r"^data\.cache = \$SLURM_TMPDIR: SLURM_TMPDIR is not set on this node; set"):
+        settle(config)
+    monkeypatch.setenv("SLURM_TMPDIR", str(tmp_path / "job"))
+    assert settle(config)[1].directory.is_relative_to(tmp_path / "job")
 
 
 @pytest.mark.parametrize(
