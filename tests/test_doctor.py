@@ -523,6 +523,48 @@ def test_faults_of_a_remote_set_are_found_in_seconds(patient, capsys, server):
         assert [f for f in report["findings"] if said in f["text"] and way_out in f["way_out"]], report["findings"]
 
 
+STAGED = ("data.stage=true", "data.cache=cache", "data.window=2")
+
+
+def test_a_staged_set_is_judged_where_it_lies_and_its_cache_by_what_is_to_come(patient, capsys):
+    patient.words = STAGED
+    before = files(patient.shards.parent)
+    report = patient.examined(capsys)
+    texts = {f["name"]: f["text"] for f in report["findings"]}
+    assert report["exit_code"] == 0
+    assert texts["shards"].startswith("7 shards, 0.625 MB, all there and of their sizes")
+    assert texts["images"] == "165 of 165 read, and as they were indexed"
+    assert "lies on the file system of" in texts["cache"]
+    assert files(patient.shards.parent) == before  # nothing was staged for it
+    os.truncate(patient.shards / "train-000001.tar", 1000)
+    assert patient.examined(capsys)["exit_code"] == 3
+
+
+def test_what_a_cache_to_stage_to_lacks_is_found(patient, capsys):
+    Path("file").write_text("in the way")
+    cases = [
+        ((*STAGED, "data.cache_gb=0.0001"), "fault", "is less than two windows of shards", "data.cache_gb="),
+        ((*STAGED, "data.cache=file/cache"), "warning", "cannot be written (Not a directory)", "another directory"),
+        ((*STAGED, "data.cache=$NOWHERE/a"), "fault", "NOWHERE is not set on this node", "name the directory without"),
+    ]
+    for words, state, said, way_out in cases:
+        patient.words = words
+        report = patient.examined(capsys)
+        assert [
+            f for f in report["findings"] if f["state"] == state and said in f["text"] and way_out in f["way_out"]
+        ], report["findings"]
+
+
+def test_a_cache_of_the_nodes_is_not_judged_by_the_machine_that_submits(patient, capsys):
+    patient.words = (*STAGED, "data.cache=$NOWHERE/a", "cluster=slurm_1x8", "cluster.accelerator=cpu")
+    report = patient.examined(capsys)
+    (found,) = [f for f in report["findings"] if f["name"] == "cache"]
+    assert (found["state"], found["text"]) == (
+        "ok", "two windows of shards fit; whether $NOWHERE/a of the nodes has room, a start there says"
+    )  # fmt: skip
+    assert [f for f in report["findings"] if f["section"] == "data" and f["state"] == "fault"] == []
+
+
 def test_more_ranks_than_gpus_share_one():
     (found,) = machine.check_devices("cuda", devices=8, gpus=4, built=True, elsewhere=False)
     assert (found.state, found.way_out) == ("fault", "cluster.devices=4")

@@ -97,7 +97,7 @@ def _submit(config: Config, array: str, sweep: str, force: bool) -> int:
     if code and not force:
         print("pipeline: not submitted; mend what is at fault, or submit it all the same with --force", file=sys.stderr)
         return code
-    config, dataset = settle(config)
+    config, dataset = settle(config, elsewhere=True)
     runs = [with_parameters(run) for run in runs_of(config, array, sweep)]
     with ExitStack() as held:
         for number, run in enumerate(runs):

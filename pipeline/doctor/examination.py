@@ -9,7 +9,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -131,9 +131,15 @@ def _checks(p: _Patient) -> Iterator[Check]:
 
 def _data_checks(p: _Patient) -> Iterator[Check]:
     data = p.config.data
+    location = Location(*data.location)
+    if location.unset_variables and _by_slurm(p.config):  # the nodes know them
+        location = replace(location, cache="")
+    elif location.unset_variables and location.is_cached:
+        yield "data", "cache", lambda: [of_message("cache", location.unset_variables)]
+        return
 
     def opened() -> list[Finding]:
-        p.dataset, found = packed.open_here(Location(*data.location), data.source, p.scratch)
+        p.dataset, found = packed.open_here(location, data.source, p.scratch)
         return found
 
     yield "data", "root", opened
@@ -163,6 +169,10 @@ def _data_checks(p: _Patient) -> Iterator[Check]:
         )
     if dataset.cache is not None and manifest.splits.get("train"):
         limit, entries = dataset.cache.limit, manifest.splits["train"]
+        if dataset.is_staged and _by_slurm(p.config):
+            unseen = f"two windows of shards fit; whether {data.cache} of the nodes has room, a start there says"
+            yield "data", "cache", lambda: packed.check_cache(limit, entries, data.window, (), unseen)
+            return
         yield (
             "data",
             "cache",
@@ -302,10 +312,11 @@ def _change(p: _Patient) -> str:
 
 
 def _images(dataset: Dataset, splits: list[Split]) -> Iterator[Finding]:
-    if dataset.cache is not None:
+    if dataset.location.is_remote:
         yield from packed.check_images(splits, packed.remote_reader(dataset.location.root), most=REMOTE_IMAGES)
         return
-    streams = {split.name: ShardStream(dataset, split, keep=16) for split in splits}
+    here = replace(dataset, cache=None)  # where they lie: nothing is staged for a look
+    streams = {split.name: ShardStream(here, split, keep=16) for split in splits}
 
     def read(split: Split, sample: int) -> None:
         streams[split.name].read(sample)

@@ -127,7 +127,7 @@ def check_tables(dataset: Dataset, num_classes: int) -> tuple[dict[str, Split], 
 def check_shards(dataset: Dataset, seconds: float = 3.0) -> Iterator[Finding]:
     """Every local shard is there, of its size; as many as time allows are opened and read at both ends."""
     entries = [entry for entries in dataset.manifest.splits.values() for entry in entries]
-    if dataset.cache is not None:
+    if dataset.location.is_remote:
         yield ok("shards", dataset.streaming(0)[0])
         return
     root, until, read = Path(dataset.location.root), time.monotonic() + seconds, 0
@@ -168,7 +168,7 @@ def check_shards(dataset: Dataset, seconds: float = 3.0) -> Iterator[Finding]:
 def check_indexes(dataset: Dataset, seconds: float = 1.0) -> Iterator[Finding]:
     """Indexes beside packed shards; training reads the tables made of them."""
     root = Path(dataset.location.root)
-    if dataset.cache is not None or dataset.directory != root:
+    if dataset.location.is_remote or dataset.directory != root:
         return
     until, bad, seen = time.monotonic() + seconds, [], 0
     entries = [entry for entries in dataset.manifest.splits.values() for entry in entries]
@@ -243,8 +243,14 @@ def check_mixing(
         yield warning("order", f"{text}: batches are less mixed than random ones", "raise data.window, or set it to 0")
 
 
-def check_cache(limit: int, entries: Sequence[ShardEntry], window: int, said: Sequence[str]) -> Iterator[Finding]:
-    """Room for remote shards. limit: bytes of the cache, 0 = none. said: what a start says of it."""
+def check_cache(
+    limit: int,
+    entries: Sequence[ShardEntry],
+    window: int,
+    said: Sequence[str],
+    fits: str = "two windows of shards fit, and the disk has room for them",
+) -> Iterator[Finding]:
+    """Room for remote or staged shards. limit: bytes of the cache, 0 = none. said: what a start says of it."""
     try:
         check_room(limit, entries, window)
     except DataError as error:
@@ -253,7 +259,7 @@ def check_cache(limit: int, entries: Sequence[ShardEntry], window: int, said: Se
     for line in said:
         yield of_message("cache", line, "warning")
     if not said:
-        yield ok("cache", "two windows of shards fit, and the disk has room for them")
+        yield ok("cache", fits)
 
 
 def remote_reader(root: str) -> Callable[[Split, int], None]:

@@ -25,7 +25,8 @@ class Job:
 
     run: the run's directory, or with array what stands before "-<number>" in the directories of its runs.
     draws: each run asks its sweep for its parameters before its first start.
-    places: directories that a container must see. directory: where the job runs, which relative paths start from.
+    places: directories that a container must see. made: those of them that a node may lack before.
+    directory: where the job runs, which relative paths start from.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Job:
     image: str = ""
     mounts: tuple[str, ...] = ()
     places: tuple[Path, ...] = ()
+    made: tuple[Path, ...] = ()
     launcher: str = "srun"
     resubmit: str = "requeue"
     restarts: int = 0
@@ -125,6 +127,9 @@ def _environment(job: Job) -> list[str]:
     if job.interface:
         name = shlex.quote(job.interface)
         lines.append(f"export NCCL_SOCKET_IFNAME={name} GLOO_SOCKET_IFNAME={name}")
+    if job.made:  # a container's tool mounts no directory that is not there
+        made = shlex.join(map(str, job.made))
+        lines.append(f'srun --ntasks="$nodes" --ntasks-per-node=1 --cpus-per-task=1 mkdir -p -- {made}')
     return lines
 
 

@@ -52,7 +52,9 @@ def slurm_job(runs: Sequence[Config], array: str = "", sweep: str = "") -> Job:
                               "way; choose another")  # fmt: skip
     inside = slurm.container != "none"
     places = [here, config.directory.absolute().parent]
-    places += [Path(path).absolute() for path in (config.data.root, config.data.cache) if path and "://" not in path]
+    places += [Path(config.data.root).absolute()] if config.data.root and "://" not in config.data.root else []
+    known = bool(config.data.cache) and "$" not in config.data.cache  # what a variable names the nodes alone know
+    made = (Path(config.data.cache).expanduser().absolute(),) if inside and known else ()
     gpus = 0 if cluster.accelerator == "cpu" else cluster.devices
     same: dict[str, Any] = {field: getattr(slurm, field) for field in _AS_THEY_ARE}
     same |= {field: tuple(getattr(slurm, field)) for field in _LISTS}
@@ -62,5 +64,5 @@ def slurm_job(runs: Sequence[Config], array: str = "", sweep: str = "") -> Job:
         draws=bool(sweep),
         python=slurm.python or ("python3" if inside else sys.executable),
         gpus_per_node=gpus if slurm.gpus_per_node < 0 else slurm.gpus_per_node,
-        places=tuple(places) if inside else (), **same,
+        places=(*places, *made) if inside else (), made=made, **same,
     )  # fmt: skip

@@ -26,7 +26,8 @@ BARE = Job(
     nodes=4, devices=8, threads=12, python="/venv/bin/python", partition="gpu", account="vision", minutes=1440,
     lead_minutes=5, cpus_per_task=12, gpus_per_node=8, restarts=100,
 )  # fmt: skip
-INSIDE = {"python": "python3", "mounts": ("/data:/data:ro", "/scratch"), "places": (Path("/home/me/work"),)}
+INSIDE = {"python": "python3", "mounts": ("/data:/data:ro", "/scratch"), "made": (Path("/local/me"),),
+          "places": (Path("/home/me/work"), Path("/local/me"))}  # fmt: skip
 JOBS = {
     "bare": BARE,
     "torchrun": dataclasses.replace(BARE, launcher="torchrun"),
@@ -343,6 +344,30 @@ def test_doctor_asks_slurm_about_the_job_that_a_launch_would_submit(slurm, shard
     (said,) = [f for f in json.loads(capsys.readouterr().out)["findings"] if f["section"] == "slurm"]
     assert (said["state"], said["way_out"]) == ("warning", "look, and launch, where Slurm's commands are")
     assert not (slurm / "runs").exists()
+
+
+STAGED = ["data.stage=true", "data.cache=$SLURM_TMPDIR/pipeline"]
+
+
+def test_a_variable_that_only_nodes_have_stays_in_the_config_and_out_of_the_script(slurm, shards, capsys, monkeypatch):
+    monkeypatch.delenv("SLURM_TMPDIR", raising=False)
+    assert launch(shards, *STAGED, "slurm.container=pyxis", "slurm.image=/p.sqsh") == 0
+    run = slurm / "runs" / "a"
+    assert read_config(run / "config.yaml").data.cache == "$SLURM_TMPDIR/pipeline"
+    assert "SLURM_TMPDIR" not in (run / "job.sbatch").read_text()
+    words = ["train", str(run / "config.yaml"), "cluster.launcher=local", "cluster.nodes=1", "cluster.devices=1"]
+    assert cli.main(words) == 2
+    assert "data.cache = $SLURM_TMPDIR/pipeline: SLURM_TMPDIR is not set on this node; set" in capsys.readouterr().err
+
+
+def test_a_cache_that_a_container_is_to_see_is_made_on_each_node_and_mounted(slurm, shards, capsys):
+    inside = ["data.stage=true", "data.cache='/local/a b'", "slurm.container=apptainer", "slurm.image=/p.sif"]
+    assert launch(shards, *inside, "--dry-run") == 0
+    script = capsys.readouterr().out
+    assert """mkdir -p -- '/local/a b'""" in script
+    assert """--bind '/local/a b:/local/a b'""" in script
+    assert launch(shards, *inside[:2], "--dry-run") == 0
+    assert "/local" not in capsys.readouterr().out  # without a container whoever needs it makes it
 
 
 def test_an_array_is_a_run_for_each_seed(slurm, shards, capsys):

@@ -203,6 +203,46 @@ def test_a_run_goes_on_with_other_nodes(whole: Path, shards: Path, tmp_path: Pat
     assert [row[:2] for row in journal(run)] == [row[:2] for row in journal(whole)]
 
 
+def test_a_run_staged_on_the_disk_of_each_node_is_the_same_run(whole: Path, shards: Path, tmp_path: Path) -> None:
+    """Whose name the nodes alone know: here they share a file system, so it is of each node's own name."""
+    run = launch(shards, tmp_path, "run", "data.stage=true", f"data.cache={tmp_path}/$SLURMD_NODENAME/pipeline")
+    assert over(run) == "COMPLETED", log(run)
+    same(run, whole)
+    disks = [[path.name[34:] for path in disk.iterdir()] for disk in tmp_path.glob("*/pipeline/shards")]
+    assert len(disks) == 2
+    for names in disks:  # all to train on, and of the others what the node's ranks validate on; nothing else
+        assert {entry.shard for entry in read_manifest(shards).splits["train"]} <= set(names)
+        assert len(names) == len(set(names)) <= 7
+    assert {*disks[0], *disks[1]} == {path.name for path in shards.glob("*.tar")}
+    assert "staging " in log(run)
+    assert "WARNING: not staged" not in log(run)
+
+
+APPTAINER = """#!/bin/bash
+# It mounts what is there, or fails; then runs what follows the image.
+while [[ $1 != image.sif ]]; do
+  [[ $1 != --bind || -e ${2%%:*} ]] || { echo "mount source ${2%%:*} doesn't exist" >&2; exit 255; }
+  shift
+done
+shift
+exec "$@"
+"""
+
+
+def test_a_container_sees_the_disk_that_shards_are_staged_to(slurm, shards, tmp_path) -> None:
+    tool = tmp_path / "bin" / "apptainer"
+    tool.parent.mkdir()
+    tool.write_text(APPTAINER)
+    tool.chmod(0o755)
+    run = launch(
+        shards, tmp_path, "run", "trainer.max_epochs=1", "slurm.container=apptainer", "slurm.image=image.sif",
+        f"slurm.python={sys.executable}", f"slurm.setup=['PATH={tool.parent}:$PATH']", "data.stage=true",
+        f"data.cache={tmp_path}/disk of a node",
+    )  # fmt: skip
+    assert over(run) == "COMPLETED", log(run)
+    assert len(list((tmp_path / "disk of a node" / "shards").glob("*.tar"))) == 7
+
+
 def test_a_cancelled_run_saves_and_stays_ended(whole: Path, shards: Path, tmp_path: Path, capsys) -> None:
     run = launch(shards, tmp_path, "run")
     job = in_the_middle(run)
