@@ -133,10 +133,15 @@ class Dataset:
             except DataError:
                 if not self.is_staged:
                     raise  # else read_ahead.py says it: once a node, not in each of its processes
+        return self.open_original(entry)
+
+    def open_original(self, entry: ShardEntry) -> BinaryIO:
+        """The shard of a directory where it lies. Raises DataError."""
+        path = Path(self.location.root) / entry.shard
         try:
-            return self.path(entry).open("rb")
+            return path.open("rb")
         except OSError as error:
-            raise DataError(f"{self.path(entry)}: {error.strerror}; it was there at the start") from None
+            raise DataError(f"{path}: {error.strerror}; it was there at the start") from None
 
     def streaming(self, window: int) -> list[str]:
         """For whom it may concern at the start: where shards come from, and are copied to. window: 0 = all."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
+from collections.abc import Callable
 
 from pipeline.data.dataset import Dataset
 from pipeline.data.decode import DecodeError
@@ -28,8 +29,24 @@ class ShardStream:
         """Bytes of one image. Raises DecodeError if they are not what was indexed, DataError for a lost shard."""
         length, offset = int(self.split.length_S[sample]), int(self.split.offset_S[sample])
         shard = int(self.split.shard_S[sample])
+
+        def read() -> bytes:
+            return self._range(shard, offset, length) or os.pread(self._file(shard), length, offset)
+
+        def read_original() -> bytes:
+            with self.dataset.open_original(self.split.entries[shard]) as file:
+                return os.pread(file.fileno(), length, offset)
+
         try:
-            payload = self._range(shard, offset, length) or os.pread(self._file(shard), length, offset)
+            return self._checked(sample, length, read)
+        except DecodeError:
+            if not self.dataset.is_staged:
+                raise
+            return self._checked(sample, length, read_original)  # a disk may lose what was sound when it was copied
+
+    def _checked(self, sample: int, length: int, read: Callable[[], bytes]) -> bytes:
+        try:
+            payload = read()
         except OSError as error:
             raise DecodeError(f"cannot be read: {error.strerror}") from None
         if len(payload) != length:
