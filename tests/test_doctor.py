@@ -25,7 +25,7 @@ from pipeline.cli.settling import settled
 from pipeline.config import Config, compose_config, identity
 from pipeline.data.shards import index_path, read_index, read_manifest, write_manifest
 from pipeline.data.split import table_path
-from pipeline.doctor import arithmetic, directory, examination, machine, pace, packed, slurm, versions
+from pipeline.doctor import arithmetic, directory, examination, machine, network, pace, packed, slurm, versions
 from pipeline.doctor.composition import compose
 from pipeline.doctor.findings import guarded, ok, within
 from pipeline.launch.lock import LOCK, this_process
@@ -188,7 +188,7 @@ def unresolved_host(p: Patient) -> None:
     def nowhere(name: str) -> str:
         raise socket.gaierror(-2, "Name or service not known")
 
-    p.patch.setattr(machine.check_host, "__defaults__", (nowhere, 4.0))
+    p.patch.setattr(network.check_host, "__defaults__", (nowhere, 4.0))
 
 
 def temporary_directory_gone(p: Patient) -> None:
@@ -583,17 +583,17 @@ def test_a_machine_that_is_too_small_is_said():
     assert next(machine.check_processors(16, ranks=8, threads=8, workers=1, cuda=True)).state == "ok"
     assert next(machine.check_clock(0.0, 0.0)).state == "fault"
     assert next(machine.check_clock(1.8e9, 1.8e9 + 100)).state == "warning"
-    assert next(machine.check_host("a", 2, resolve=lambda name: "127.0.1.1")).state == "fault"
+    assert next(network.check_host("a", 2, resolve=lambda name: "127.0.1.1")).state == "fault"
 
 
 def test_a_network_names_what_would_be_taken():
-    up = [machine.Interface("lo", ("IPv4",), "127.0.0.1"), machine.Interface("docker0", ("IPv4",), "172.17.0.1"),
-          machine.Interface("eth0", ("IPv4", "IPv6"), "10.0.0.5")]  # fmt: skip
-    (found,) = machine.check_network(up, 2, "10.0.0.5", ["mlx5_0"], {})
+    up = [network.Interface("lo", ("IPv4",), "127.0.0.1"), network.Interface("docker0", ("IPv4",), "172.17.0.1"),
+          network.Interface("eth0", ("IPv4", "IPv6"), "10.0.0.5")]  # fmt: skip
+    (found,) = network.check_network(up, 2, "10.0.0.5", ["mlx5_0"], {})
     assert found.state == "ok"
     assert "InfiniBand mlx5_0; gloo takes eth0, NCCL takes eth0" in found.text
-    assert next(machine.check_network(up[:1], 2, "127.0.0.1", [], {})).state == "fault"
-    (found,) = machine.check_network(up, 2, "10.0.0.5", [], {"NCCL_SOCKET_IFNAME": "ib0"})
+    assert next(network.check_network(up[:1], 2, "127.0.0.1", [], {})).state == "fault"
+    (found,) = network.check_network(up, 2, "10.0.0.5", [], {"NCCL_SOCKET_IFNAME": "ib0"})
     assert found.state == "fault"
     assert "unset NCCL_SOCKET_IFNAME" in found.way_out
 

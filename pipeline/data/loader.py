@@ -33,6 +33,7 @@ from pipeline.data.split import Split
 
 _AUGMENT = 3  # what a key is for; order.py has 1, 2 and 5, images.py 4
 _POPULATION_EPOCH = -1
+PREFETCHED = 4  # micro-batches that a loading process holds ready
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,7 +208,7 @@ class Workers:
             # Imported once, before the workers fork from this server: they start in milliseconds and share its pages.
             multiprocessing.set_forkserver_preload(["pipeline.data.fork_server"])
             options = {
-                "prefetch_factor": 4, "persistent_workers": keep, "multiprocessing_context": "forkserver",
+                "prefetch_factor": PREFETCHED, "persistent_workers": keep, "multiprocessing_context": "forkserver",
                 "worker_init_fn": _serve,
             }  # fmt: skip
         return DataLoader(self.items, batch_size=None, sampler=places, num_workers=self.count, **options)

@@ -23,11 +23,11 @@ from pipeline.data.decode import DECODER, REGIONS
 from pipeline.data.shards import MANIFEST, difference, read_manifest
 from pipeline.data.split import Split
 from pipeline.data.stream import ShardStream
-from pipeline.doctor import arithmetic, directory, machine, pace, packed, slurm, versions
+from pipeline.doctor import arithmetic, directory, machine, network, pace, packed, slurm, versions
 from pipeline.doctor.composition import compose
 from pipeline.doctor.findings import FAULT, Finding, guarded, of_message, ok
 from pipeline.doctor.tracking import check_tracking
-from pipeline.launch.plan import CONFIG, RECORD, STARTED, agreed, identified, read_record
+from pipeline.launch.plan import CONFIG, RECORD, STARTED, agreed, identified, read_record, worker_count
 from pipeline.launch.slurm import render
 from pipeline.launch.targets import slurm_job
 from pipeline.models.registry import check_name
@@ -78,11 +78,8 @@ class _Patient:
 
     @property
     def workers(self) -> int:
-        """Of a rank; as many as run/assembly.py starts on this machine."""
-        workers = self.config.cluster.workers
-        if workers >= 0:
-            return workers
-        return max(1, (os.cpu_count() or 1) // self.config.cluster.devices - 1) if self.cuda else 0
+        """Of a rank, on this machine."""
+        return worker_count(self.config, cuda=self.cuda)
 
 
 Say = Callable[[str], None]
@@ -248,15 +245,15 @@ def _machine_checks(p: _Patient) -> Iterator[Check]:
         "processors",
         lambda: machine.check_processors(machine.available_cores(), devices, p.threads, p.workers, p.cuda),
     )
-    yield "machine", "host name", lambda: machine.check_host(socket.gethostname(), cluster.nodes)
+    yield "machine", "host name", lambda: network.check_host(socket.gethostname(), cluster.nodes)
     yield (
         "machine",
         "network",
-        lambda: machine.check_network(
-            machine.interfaces(),
+        lambda: network.check_network(
+            network.interfaces(),
             cluster.nodes,
-            machine.address_of(socket.gethostname()),
-            machine.infiniband(),
+            network.address_of(socket.gethostname()),
+            network.infiniband(),
             os.environ,
         ),
     )

@@ -123,6 +123,16 @@ def _threads(config: Config) -> int:
     return max(1, (os.cpu_count() or 1) // config.cluster.devices)
 
 
+def worker_count(config: Config, *, cuda: bool) -> int:
+    """Decoding processes of a rank. cuda: it trains on a GPU."""
+    if config.cluster.workers >= 0:
+        return config.cluster.workers
+    # On CPU the training takes every core. With a GPU a core is left to the process that feeds it.
+    granted = config.slurm.cpus_per_task if config.cluster.launcher == "slurm" else 0
+    cores = granted or (os.cpu_count() or 1) // config.cluster.devices
+    return max(1, cores - 1) if cuda else 0
+
+
 def begin_run(config: Config, **facts: str) -> None:
     """Note a start in run.json. Raises ConfigError if the starts before it all failed and got no further."""
     directory = config.directory

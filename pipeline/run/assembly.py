@@ -25,6 +25,7 @@ from pipeline.data.decode import DECODER, REGIONS
 from pipeline.data.loader import Batching
 from pipeline.data.shards import DataError
 from pipeline.launch.environment import LaunchedEnvironment
+from pipeline.launch.plan import worker_count
 from pipeline.models.registry import MODELS
 from pipeline.norm import SyncBatchNorm, convert
 from pipeline.training.checkpoint import Checkpoints
@@ -115,7 +116,7 @@ def build_data(config: Config, world: World) -> ImageData:
             rank=world.rank,
             seed=config.seed,
             window=config.data.window,
-            workers=worker_count(config),
+            workers=worker_count(config, cuda=accelerator_of(config) == "cuda"),
         ),
     )
 
@@ -213,15 +214,6 @@ def micro_batch_images(config: Config, world: int) -> int:
     """Images, over all ranks, whose statistics are taken together."""
     pieces = micro_batches(config.data.global_batch_size, world, config.data.micro_batch_size)
     return -(-config.data.global_batch_size // pieces)
-
-
-def worker_count(config: Config) -> int:
-    if config.cluster.workers >= 0:
-        return config.cluster.workers
-    # On CPU the training takes every core. With a GPU a core is left to the process that feeds it.
-    granted = config.slurm.cpus_per_task if config.cluster.launcher == "slurm" else 0
-    cores = granted or (os.cpu_count() or 1) // config.cluster.devices
-    return max(1, cores - 1) if accelerator_of(config) == "cuda" else 0
 
 
 def device_name(config: Config) -> str:

@@ -13,7 +13,8 @@ from pipeline.callbacks.preemption import SIGNALS, InterruptedRunError
 from pipeline.callbacks.watchdog import Watchdog, connection_broke, note_traceback
 from pipeline.config import Config
 from pipeline.launch.failure import FailedRunError
-from pipeline.run.assembly import Assembly, micro_batch_images, worker_count
+from pipeline.launch.plan import worker_count
+from pipeline.run.assembly import Assembly, accelerator_of, micro_batch_images
 from pipeline.training.checkpoint import checkpoints
 from pipeline.training.shortage import Appetite, shortage
 from pipeline.world import World
@@ -68,7 +69,7 @@ def _appetite(config: Config, world: World) -> Appetite:
         image_size=config.data.image_size,
         width=config.model.width,
         precision=config.trainer.precision,
-        workers=worker_count(config),
+        workers=worker_count(config, cuda=accelerator_of(config) == "cuda"),
     )
 
 
