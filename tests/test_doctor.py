@@ -188,7 +188,7 @@ def unresolved_host(p: Patient) -> None:
     def nowhere(name: str) -> str:
         raise socket.gaierror(-2, "Name or service not known")
 
-    p.patch.setattr(network.check_host, "__defaults__", (nowhere, 4.0))
+    p.patch.setattr(network.check_host, "__defaults__", (nowhere, 4.0, ""))
 
 
 def temporary_directory_gone(p: Patient) -> None:
@@ -591,11 +591,49 @@ def test_a_network_names_what_would_be_taken():
           network.Interface("eth0", ("IPv4", "IPv6"), "10.0.0.5")]  # fmt: skip
     (found,) = network.check_network(up, 2, "10.0.0.5", ["mlx5_0"], {})
     assert found.state == "ok"
-    assert "InfiniBand mlx5_0; gloo takes eth0, NCCL takes eth0" in found.text
+    assert "InfiniBand mlx5_0; gloo takes eth0; NCCL takes eth0" in found.text
     assert next(network.check_network(up[:1], 2, "127.0.0.1", [], {})).state == "fault"
     (found,) = network.check_network(up, 2, "10.0.0.5", [], {"NCCL_SOCKET_IFNAME": "ib0"})
     assert found.state == "fault"
     assert "unset NCCL_SOCKET_IFNAME" in found.way_out
+
+
+def test_a_network_that_does_not_lead_to_rank_0_is_named_with_the_one_that_does():
+    up = [network.Interface("lo", ("IPv4",), "127.0.0.1"), network.Interface("eth0", ("IPv4",), "10.0.0.5"),
+          network.Interface("ib0", ("IPv4",), "10.1.0.5")]  # fmt: skip
+    (found,) = network.check_network(up, 2, "10.0.0.5", [], {}, default="eth0", towards="ib0")
+    assert (found.state, found.name) == ("warning", "network")
+    assert "the default route is eth0; rank 0 is reached by ib0: gloo would take another" in found.text
+    assert "slurm.interface=ib0" in found.way_out
+    chosen = {"GLOO_SOCKET_IFNAME": "ib0", "NCCL_SOCKET_IFNAME": "ib0"}
+    assert next(network.check_network(up, 2, "10.0.0.5", [], chosen, towards="ib0")).state == "ok"
+    assert next(network.check_network(up, 2, "10.0.0.5", [], {}, towards="eth0")).state == "ok"
+    assert next(network.check_host("a", 2, resolve=lambda name: "127.0.1.1", chosen="ib0")).state == "ok"
+
+
+@pytest.mark.parametrize(("variables", "state"), [
+    ({}, "ok"), ({"NCCL_IB_DISABLE": "1"}, "warning"), ({"NCCL_IB_HCA": "mlx5_9"}, "fault"),
+    ({"NCCL_IB_HCA": "=mlx5_0:1"}, "ok"), ({"NCCL_IB_HCA": "^mlx5_9"}, "ok"),
+])  # fmt: skip
+def test_infiniband_that_is_left_out_or_misnamed_is_said(variables, state):
+    up = [network.Interface("eth0", ("IPv4",), "10.0.0.5")]
+    found = list(network.check_network(up, 2, "10.0.0.5", ["mlx5_0"], variables))
+    assert [f.state for f in found if f.name == "InfiniBand"] == ([] if state == "ok" else [state])
+
+
+def test_an_adapter_counts_once_a_port_has_a_link(tmp_path):
+    for name, state in (("mlx5_0", "4: ACTIVE"), ("mlx5_1", "1: DOWN")):
+        (tmp_path / name / "ports" / "1").mkdir(parents=True)
+        (tmp_path / name / "ports" / "1" / "state").write_text(f"{state}\n")
+    assert network.infiniband(tmp_path) == ["mlx5_0"]
+    assert network.infiniband(tmp_path / "none") == []
+
+
+def test_the_default_route_and_the_way_to_a_host_name_their_interface(tmp_path):
+    (tmp_path / "route").write_text("Iface\tDestination\tGateway\nib0\t0000000A\t0\neth0\t00000000\t0100000A\n")
+    assert network.default_interface(tmp_path / "route") == "eth0"
+    assert network.interface_towards("127.0.0.1", network.interfaces()) == "lo"
+    assert network.interface_towards("no.such.host.invalid", network.interfaces()) == ""
 
 
 def test_slurm_that_does_not_answer_is_a_fault_where_it_is_to_run_the_job():

@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import math
 import os
+import re
 from collections.abc import Iterable, Sequence
 
 from pipeline.config.schema import Config, ConfigError, by_key
@@ -72,6 +73,10 @@ def _check_slurm(c: Config) -> None:
                 raise ConfigError(f"{key} holds {text!r}: a line break or control character; give plain text")
     if slurm.container != "none" and not slurm.image:
         raise ConfigError(f"slurm.container = {slurm.container} needs an image; set slurm.image")
+    for key, names, shown in (("interface", _INTERFACES, "ip link"), ("infiniband", _ADAPTERS, "ibv_devices")):
+        if not names.fullmatch(value := getattr(slurm, key)):
+            raise ConfigError(f"slurm.{key} = {value!r} is no list of names; give them as `{shown}` shows them, with "
+                              "commas, or \"\" to leave the choice to NCCL")  # fmt: skip
     for option in slurm.options:
         if not option.startswith("--"):
             raise ConfigError(f"slurm.options holds {option!r}, which is no option of sbatch; write --name=value")
@@ -90,6 +95,8 @@ def _check_slurm(c: Config) -> None:
                           )  # fmt: skip
 
 
+_INTERFACES = re.compile(r"|[\w.:@-]+(,[\w.:@-]+)*", re.ASCII)
+_ADAPTERS = re.compile(r"|\^?=?[\w.:-]+(,[\w.:-]+)*", re.ASCII)  # ^ = all but these, "=" = exactly these: both NCCL's
 _LEAST = {
     "norm.precise_images": 0, "data.num_classes": 0, "data.image_size": 1,
     "data.global_batch_size": 1, "data.micro_batch_size": 0, "data.window": 0, "data.cache_gb": 0,

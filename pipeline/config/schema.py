@@ -180,6 +180,7 @@ class SlurmConfig:
     resubmit: str = "requeue"  # how an interrupted job goes on: requeue = the same job; chain = one that follows it
     restarts: int = 100  # starts after the first that the job gives itself; 0 = none. Slurm's own are not bounded
     interface: str = ""  # network of NCCL and gloo, as ib0; "" = left to them
+    infiniband: str = ""  # adapters of NCCL, as mlx5_0,mlx5_3:1; off = none; "" = left to it
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -245,7 +245,8 @@ def _machine_checks(p: _Patient) -> Iterator[Check]:
         "processors",
         lambda: machine.check_processors(machine.available_cores(), devices, p.threads, p.workers, p.cuda),
     )
-    yield "machine", "host name", lambda: network.check_host(socket.gethostname(), cluster.nodes)
+    chosen = os.environ.get("GLOO_SOCKET_IFNAME", "")
+    yield "machine", "host name", lambda: network.check_host(socket.gethostname(), cluster.nodes, chosen=chosen)
     yield (
         "machine",
         "network",
@@ -255,6 +256,7 @@ def _machine_checks(p: _Patient) -> Iterator[Check]:
             network.address_of(socket.gethostname()),
             network.infiniband(),
             os.environ,
+            default=network.default_interface(),
         ),
     )
 

@@ -61,6 +61,7 @@ class Job:
     resubmit: str = "requeue"
     restarts: int = 0
     interface: str = ""
+    infiniband: str = ""
 
     @property
     def tasks_per_node(self) -> int:
@@ -124,9 +125,9 @@ def _environment(job: Job) -> list[str]:
     lines.append(f"export PIPELINE_SLURM={job.launcher} OMP_NUM_THREADS={job.threads}")
     if job.cpus_per_task:
         lines.append('export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK" # srun does not take it from sbatch any more')
-    if job.interface:
-        name = shlex.quote(job.interface)
-        lines.append(f"export NCCL_SOCKET_IFNAME={name} GLOO_SOCKET_IFNAME={name}")
+    network = network_variables(job.interface, job.infiniband)
+    if network:
+        lines.append("export " + " ".join(f"{name}={shlex.quote(value)}" for name, value in network.items()))
     if job.made:  # a container's tool mounts no directory that is not there
         made = shlex.join(map(str, job.made))
         lines.append(f'srun --ntasks="$nodes" --ntasks-per-node=1 --cpus-per-task=1 mkdir -p -- {made}')
@@ -146,6 +147,14 @@ def _start(job: Job) -> list[str]:
         'if [[ $code == 4 ]]; then', '  say "the sweep is over: nothing was started"', "  exit 0", "fi",
         '[[ $code != 0 ]] || "${task[@]}" || code=$?',
     ]  # fmt: skip
+
+
+def network_variables(interface: str, infiniband: str) -> dict[str, str]:
+    """What the config's choice of a network is called in the environment of NCCL and gloo."""
+    named = {"NCCL_SOCKET_IFNAME": interface, "GLOO_SOCKET_IFNAME": interface} if interface else {}
+    if infiniband == "off":
+        return named | {"NCCL_IB_DISABLE": "1"}
+    return named | ({"NCCL_IB_HCA": infiniband} if infiniband else {})
 
 
 def _task(job: Job) -> list[str]:

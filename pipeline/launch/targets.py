@@ -15,7 +15,8 @@ from pipeline.config import Config, ConfigError, completed
 from pipeline.launch.slurm import SCRIPT, Job, array_numbers
 
 _AS_THEY_ARE = ("partition", "account", "qos", "constraint", "exclude", "memory", "minutes", "lead_minutes",
-                "cpus_per_task", "container", "image", "launcher", "resubmit", "restarts", "interface")  # fmt: skip
+                "cpus_per_task", "container", "image", "launcher", "resubmit", "restarts", "interface",
+                "infiniband")  # fmt: skip
 _LISTS = ("options", "modules", "setup", "mounts")
 
 

@@ -31,7 +31,7 @@ INSIDE = {"python": "python3", "mounts": ("/data:/data:ro", "/scratch"), "made":
 JOBS = {
     "bare": BARE,
     "torchrun": dataclasses.replace(BARE, launcher="torchrun"),
-    "chain": dataclasses.replace(BARE, resubmit="chain", interface="ib0"),
+    "chain": dataclasses.replace(BARE, resubmit="chain", interface="ib0", infiniband="mlx5_0,mlx5_3:1"),
     "array": dataclasses.replace(BARE, array="0-5%2", script=Path("/runs/first-0/job.sbatch"), resubmit="chain"),
     "sweep": dataclasses.replace(
         BARE, array="0-7%2", draws=True, script=Path("/runs/first-0/job.sbatch"), container="apptainer",
@@ -42,6 +42,7 @@ JOBS = {
     "site": dataclasses.replace(
         BARE, modules=("cuda/12.9", "gcc"), setup=("export NCCL_DEBUG=WARN",), gpus_per_node=0, qos="long",
         constraint="a100|h100", exclude="node[3,7]", memory="480G", options=("--gres=gpu:8", "--reservation=my week"),
+        infiniband="off",
     ),
 }  # fmt: skip
 EVIL = """it's "$(touch hacked)" `touch hacked` ; touch hacked # @{run} %j & *"""
@@ -412,6 +413,8 @@ def test_errors_name_field_value_rule_and_way_out(slurm, shards, capsys, monkeyp
     ("slurm.mounts=[data]", "slurm.mounts holds 'data'; write SOURCE"),
     ("slurm.mounts=['/a:/b:rx']", "slurm.mounts holds '/a:/b:rx'; write SOURCE"),
     ("slurm.options=[partition]", "slurm.options holds 'partition', which is no option of sbatch"),
+    ("slurm.interface='ib0 eth0'", "slurm.interface = 'ib0 eth0' is no list of names; give them as `ip link`"),
+    ("slurm.infiniband='a;b'", "slurm.infiniband = 'a;b' is no list of names"),
     ("slurm.lead_minutes=1", "slurm.lead_minutes = 1 is shorter than cluster.lead_seconds = 120"),
 ])  # fmt: skip
 def test_what_no_script_can_be_made_of_is_refused_where_it_is_typed(override, said):
