@@ -25,7 +25,18 @@ from pipeline.cli.settling import settled
 from pipeline.config import Config, compose_config, identity
 from pipeline.data.shards import index_path, read_index, read_manifest, write_manifest
 from pipeline.data.split import table_path
-from pipeline.doctor import arithmetic, directory, examination, machine, network, pace, packed, slurm, versions
+from pipeline.doctor import (
+    arithmetic,
+    directory,
+    examination,
+    machine,
+    network,
+    pace,
+    packed,
+    presence,
+    slurm,
+    versions,
+)
 from pipeline.doctor.composition import compose
 from pipeline.doctor.findings import guarded, ok, within
 from pipeline.launch.lock import LOCK, this_process
@@ -497,7 +508,7 @@ def test_a_remote_set_is_judged_by_its_tables_and_a_few_images(patient, capsys, 
 
 def test_a_server_that_keeps_silent_costs_no_more_than_its_time(patient, capsys, server):
     server.fail("/set/dataset.json", Fault(delay=30), forever=True)
-    patient.patch.setattr(packed, "REMOTE_SECONDS", 0.3)
+    patient.patch.setattr(presence, "REMOTE_SECONDS", 0.3)
     patient.words = (f"data.root={server.url}/set", "data.cache=cache")
     report = patient.examined(capsys)
     (found,) = [f for f in report["findings"] if f["name"] == "root"]

@@ -14,18 +14,13 @@ from torch import nn
 
 from pipeline.config import Config, ConfigError
 from pipeline.doctor.findings import Finding, counted, fault, of_message, ok, warning
+from pipeline.doctor.machine import existing
 from pipeline.launch.lock import LOCK, STALE_AFTER, Holder, LockedError, locked
 from pipeline.launch.plan import CONFIG, RECORD, STARTED, newest_step, read_record, refuse_crash_loop
 from pipeline.training.checkpoint import newest
 from pipeline.training.checkpoint_io import CheckpointError
 
 _ELSEWHERE = "choose a directory that can be written: run.dir"
-
-
-def existing(directory: Path) -> Path:
-    """The directory, or the nearest one above it that exists, in which it would be made."""
-    directory = directory.absolute()
-    return next(place for place in (directory, *directory.parents) if place.exists())
 
 
 def check_writable(directory: Path) -> Iterator[Finding]:

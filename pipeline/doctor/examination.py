@@ -23,7 +23,7 @@ from pipeline.data.decode import DECODER, REGIONS
 from pipeline.data.shards import MANIFEST, difference, read_manifest
 from pipeline.data.split import Split
 from pipeline.data.stream import ShardStream
-from pipeline.doctor import arithmetic, directory, machine, network, pace, packed, slurm, versions
+from pipeline.doctor import arithmetic, directory, machine, network, pace, packed, presence, slurm, versions
 from pipeline.doctor.composition import compose
 from pipeline.doctor.findings import FAULT, Finding, guarded, of_message, ok
 from pipeline.doctor.tracking import check_tracking
@@ -144,14 +144,14 @@ def _data_checks(p: _Patient) -> Iterator[Check]:
         return
     dataset, manifest = p.dataset, p.dataset.manifest
     yield "data", "splits", lambda: packed.check_splits(manifest, data.root)
-    yield "data", "digest", lambda: packed.check_digest(data.digest, manifest, _change(p), data.root)
+    yield "data", "digest", lambda: presence.check_digest(data.digest, manifest, _change(p), data.root)
 
     def tables() -> list[Finding]:
         p.splits, found = packed.check_tables(dataset, p.classes)
         return found
 
     yield "data", "tables", tables
-    yield "data", "shards", lambda: packed.check_shards(dataset)
+    yield "data", "shards", lambda: presence.check_shards(dataset)
     yield "data", "indexes", lambda: packed.check_indexes(dataset)
     if p.splits:
         yield "data", "images", lambda: _images(dataset, list(p.splits.values()))
@@ -339,7 +339,7 @@ def _tracking(config: Config) -> Iterator[Finding]:
 def _written(place: Path) -> float:
     """When the file system of a directory says that a file was written just now."""
     try:
-        with tempfile.NamedTemporaryFile(prefix=".doctor-", dir=directory.existing(place)) as file:
+        with tempfile.NamedTemporaryFile(prefix=".doctor-", dir=machine.existing(place)) as file:
             return Path(file.name).stat().st_mtime
     except OSError:
         return time.time()  # that it cannot be written is a finding of its own

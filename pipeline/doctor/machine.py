@@ -156,3 +156,9 @@ def open_files() -> int:
     """Files that a process may open; -1 = any number."""
     soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     return -1 if soft == resource.RLIM_INFINITY else soft
+
+
+def existing(directory: Path) -> Path:
+    """The directory, or the nearest one above it that exists, in which it would be made."""
+    directory = directory.absolute()
+    return next(place for place in (directory, *directory.parents) if place.exists())

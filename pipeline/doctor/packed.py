@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,18 +19,11 @@ from pipeline.data.remote import Remote
 from pipeline.data.shards import DataError, Manifest, ShardEntry, payload_digest, read_index
 from pipeline.data.sources import DIGITS
 from pipeline.data.split import Split
-from pipeline.doctor.directory import existing
-from pipeline.doctor.findings import Finding, fault, of_message, ok, warning, within
+from pipeline.doctor.findings import Finding, fault, of_message, ok, warning
+from pipeline.doctor.machine import existing
+from pipeline.doctor.presence import NotYet, named, opened
 
-SHOWN = 3  # names in a line
-REMOTE_SECONDS = (
-    15.0  # for manifest and tables: where credentials are looked for in vain a start takes most of a minute
-)
 _CONTACTS = 3  # tries of a server, within two seconds
-
-
-class _NotYet(Exception):
-    """An indexing, which a first start would do now, and the doctor leaves to it."""
 
 
 def open_here(location: Location, source: str, scratch: Path) -> tuple[Dataset | None, list[Finding]]:
@@ -61,13 +53,13 @@ def open_here(location: Location, source: str, scratch: Path) -> tuple[Dataset |
         dataset: Dataset | None = None
         # Of a remote set only the opening finds out; its first word about an indexing comes before the indexing.
         if not waiting:
-            dataset = _opened(location)
+            dataset = opened(location)
     except DataError as error:
         return None, [of_message("root", error)]
     except TimeoutError as error:
         return None, [fault("root", f"{location.root} cannot be opened: {error}",
                             "see the server, the network, and credentials (AWS_*, GOOGLE_*)")]  # fmt: skip
-    except _NotYet:
+    except NotYet:
         dataset = None
     if dataset is None:
         which = f"{waiting} shards are" if waiting else "its shards are"
@@ -76,30 +68,12 @@ def open_here(location: Location, source: str, scratch: Path) -> tuple[Dataset |
     return dataset, []
 
 
-def _opened(location: Location) -> Dataset:
-    def opened() -> Dataset:
-        return open_dataset(location, patient=False, say=_not_yet)
-
-    return within(REMOTE_SECONDS, opened) if location.is_remote else opened()
-
-
-def _not_yet(word: str) -> None:
-    raise _NotYet(word)
-
-
 def check_splits(manifest: Manifest, root: str) -> Iterator[Finding]:
     """Training and validation images are there."""
     for split in ("train", "val"):
         if not manifest.splits.get(split):
             yield fault("splits", f"data.root = {root} has no split {split!r}", "write it again from a source with "
                         f"{split}/ or with --holdout 0.1, or say which shards it is with data.{split}")  # fmt: skip
-
-
-def check_digest(wanted: str, manifest: Manifest, difference: str, root: str) -> Iterator[Finding]:
-    """The data set is that of the run."""
-    if wanted and wanted != manifest.digest:
-        yield fault("digest", f"data.root = {root} holds another data set than the run began with ({difference})",
-                    "bring that one back, or start a new run")  # fmt: skip
 
 
 def check_tables(dataset: Dataset, num_classes: int) -> tuple[dict[str, Split], list[Finding]]:
@@ -124,47 +98,6 @@ def check_tables(dataset: Dataset, num_classes: int) -> tuple[dict[str, Split], 
     return splits, found
 
 
-def check_shards(dataset: Dataset, seconds: float = 3.0) -> Iterator[Finding]:
-    """Every local shard is there, of its size; as many as time allows are opened and read at both ends."""
-    entries = [entry for entries in dataset.manifest.splits.values() for entry in entries]
-    if dataset.location.is_remote:
-        yield ok("shards", dataset.streaming(0)[0])
-        return
-    root, until, read = Path(dataset.location.root), time.monotonic() + seconds, 0
-    missing, sizes, unreadable = [], [], []
-    for entry in entries:
-        path = root / entry.shard
-        try:
-            size = path.stat().st_size
-            if size != entry.bytes:
-                sizes.append(f"{entry.shard} has {size} bytes, {entry.bytes} were indexed")
-            elif time.monotonic() < until:
-                _read_ends(path)
-                read += 1
-        except FileNotFoundError:
-            missing.append(entry.shard)
-        except OSError as error:
-            unreadable.append(f"{entry.shard}: {error.strerror}")
-    if missing:
-        yield fault("shards", f"{root} lacks {_named(missing)}", "bring the shards back, or write them again")
-    if sizes:
-        yield fault("shards", f"cut short or changed: {_named(sizes)}",
-                    f"bring sound copies; `pipeline shards verify {root}` names every fault")  # fmt: skip
-    if unreadable:
-        yield fault("shards", f"cannot be read: {_named(unreadable)}", "see owner and mode of the files, and the disk")
-    if missing or sizes or unreadable:
-        return
-    try:
-        dataset.check_shards()  # that none came after the indexing
-    except DataError as error:
-        yield of_message("shards", error)
-        return
-    total = sum(entry.bytes for entry in entries)
-    held = f"{total / 1e9:.3g} GB" if total >= 1e9 else f"{total / 1e6:.3g} MB"
-    some = "" if read == len(entries) else f", {read} of them opened in {seconds:g} s"
-    yield ok("shards", f"{len(entries)} shards, {held}, all there and of their sizes{some}")
-
-
 def check_indexes(dataset: Dataset, seconds: float = 1.0) -> Iterator[Finding]:
     """Indexes beside packed shards; training reads the tables made of them."""
     root = Path(dataset.location.root)
@@ -185,7 +118,7 @@ def check_indexes(dataset: Dataset, seconds: float = 1.0) -> Iterator[Finding]:
         if (index.count, index.bytes, index.sha256) != (entry.count, entry.bytes, entry.sha256):
             bad.append(f"the index of {entry.shard} is that of another shard")
     if bad:
-        yield warning("indexes", f"{_named(sorted(bad))}: training goes by the tables, which are whole",
+        yield warning("indexes", f"{named(sorted(bad))}: training goes by the tables, which are whole",
                       "write the shards again, or bring sound copies, before a table is lost, too")  # fmt: skip
     else:
         yield ok("indexes", f"{seen} of {len(entries)} read and whole")
@@ -209,7 +142,7 @@ def check_images(
                 bad.append(f"{split.key(sample)} in {split.shard_of(sample)}: {error}")
     total = sum(len(order) for _, order in orders)
     if bad:
-        yield fault("images", f"{len(bad)} of {seen:,} images read are damaged: {_named(bad)}",
+        yield fault("images", f"{len(bad)} of {seen:,} images read are damaged: {named(bad)}",
                     f"bring sound copies; `pipeline shards verify {splits[0].root}` names every fault")  # fmt: skip
     else:
         yield ok("images", f"{seen:,} of {total:,} read, and as they were indexed")
@@ -273,17 +206,3 @@ def remote_reader(root: str) -> Callable[[Split, int], None]:
             raise DecodeError("its bytes are not those that were indexed")
 
     return read
-
-
-def _read_ends(path: Path) -> None:
-    with path.open("rb") as file:
-        file.read(512)
-        file.seek(-512, os.SEEK_END)
-        file.read(512)
-
-
-def _named(names: Sequence[str]) -> str:
-    more = len(names) - SHOWN
-    return f"{'; '.join(names[:SHOWN]) if ' ' in names[0] else ', '.join(names[:SHOWN])}" + (
-        f" and {more} more" if more > 0 else ""
-    )
