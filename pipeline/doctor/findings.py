@@ -17,7 +17,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One line of the table. section: config, versions, data, arithmetic, directory, tracking, machine, slurm, pace."""
+    """One line of the table.
+
+    section: config, versions, data, arithmetic, directory, tracking, machine, slurm, pace, nodes, network.
+    """
 
     name: str
     state: str  # ok, warning or fault

@@ -3,6 +3,7 @@
 The JSON object (schema 1) holds: schema; version, of pipeline; words, as they were typed; verdict, go or no-go;
 exit_code; seconds; counts, with ok, warning and fault; and findings, a list of section, name, state (ok, warning,
 fault), text and way_out ("" where none is needed).
+An examination of nodes (`--nodes`) has ranks and network besides: see ranks.py.
 Keys may be added; none changes its meaning within a schema.
 """
 

@@ -4,4 +4,5 @@ import lightning  # noqa: F401
 import torch  # noqa: F401
 import torchvision  # noqa: F401
 
+import pipeline.doctor.nodes
 import pipeline.run  # noqa: F401
