@@ -10,7 +10,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from pipeline.cli.options import add_verb
+from pipeline.cli.nodes import doctor_nodes
+from pipeline.cli.options import add_verb, seconds
 
 if TYPE_CHECKING:
     from pipeline.config import Config
@@ -23,16 +24,23 @@ def add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     p = add_verb(
         verbs, "doctor", doctor, "look for what would keep a run from working; starts nothing, leaves nothing behind",
         "pipeline doctor recipe=bn_x5 data=digits cluster.devices=2\n"
-        "  pipeline doctor runs/first/config.yaml --json\n\n"
+        "  pipeline doctor runs/first/config.yaml --json\n"
+        "  pipeline doctor --nodes recipe=bn_x5 data=imagenet cluster=slurm_4x8 slurm.partition=gpu\n\n"
         "exit codes: 0 go (with warnings or without), 2 a fault in config or environment, 3 in data",
     )  # fmt: skip
     p.add_argument(
         "words", nargs="*", metavar="key=value | RUN/config.yaml", help="as for train: overrides, or a frozen config"
     )
     p.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    p.add_argument("--nodes", action="store_true", help="let every rank look from where it stands, as a job of its own "
+                   "where the run goes through Slurm, else on this machine")  # fmt: skip
+    p.add_argument("--timeout", type=seconds, default=None, metavar="SECONDS", help="with --nodes: how long ranks may "
+                   "take to come (default: 120)")  # fmt: skip
 
 
 def doctor(options: argparse.Namespace) -> int:
+    if options.nodes:
+        return doctor_nodes(options)
     from pipeline.doctor import report
 
     def examination(say: Say) -> Iterable[Finding]:
@@ -42,11 +50,11 @@ def doctor(options: argparse.Namespace) -> int:
 
     began = time.monotonic()
     found = _findings(examination)
-    seconds = time.monotonic() - began
+    took = time.monotonic() - began
     if options.json:
-        print(json.dumps(report.as_json(options.words, found, seconds), indent=2))
+        print(json.dumps(report.as_json(options.words, found, took), indent=2))
     else:
-        _print_report(found, seconds)
+        _print_report(found, took)
     return report.exit_code(found)
 
 

@@ -51,7 +51,7 @@ def train(options: argparse.Namespace) -> int:
     from pipeline.world import World
 
     if World.is_launched():  # one process of several: the config is frozen
-        return _train_launched(_of_run(_frozen(options.words)))
+        return _train_launched(of_run(frozen(options.words)))
     config = typed(options.words)
     if options.print_config:
         print(to_yaml(config), end="")
@@ -94,7 +94,7 @@ def evaluate(options: argparse.Namespace) -> int:
     directory = Path(options.run)
     if not (directory / CONFIG).is_file():
         raise ConfigError(f"{directory} is no run: it holds no {CONFIG}; give a directory like runs/NAME")
-    config = settled(_of_run(directory / CONFIG, options.words))
+    config = settled(of_run(directory / CONFIG, options.words))
     checkpoint = _checkpoint(directory, options.checkpoint)
     if config.world > 1 and not World.is_launched():
         words = ["evaluate", str(directory), "--checkpoint", str(checkpoint), *options.words]
@@ -102,7 +102,7 @@ def evaluate(options: argparse.Namespace) -> int:
     from pipeline import run
 
     world = World.from_environment()
-    _agree(config, world)
+    agree(config, world)
     run.evaluate(config, world, Console(quiet=not world.leads), checkpoint=checkpoint)
     return DONE
 
@@ -116,7 +116,7 @@ def sync(options: argparse.Namespace) -> int:
     directory = Path(options.run)
     if not ((directory / CONFIG).is_file() and (directory / RECORD).is_file()):
         raise ConfigError(f"{directory} is no run: it holds no {CONFIG}; give a directory like runs/NAME")
-    config, record = _of_run(directory / CONFIG), read_record(directory)
+    config, record = of_run(directory / CONFIG), read_record(directory)
     place = place_of(config, record)
     ended = record.starts[-1].get("ended") if record.starts else None
     code = {"done": DONE, "interrupted": RESUMABLE}.get(str(ended), FAILED)
@@ -143,10 +143,10 @@ def typed(words: Sequence[str]) -> Config:
     if len(files) > 1:
         raise ConfigError(f"{files[1]} is a second config; give one RUN/config.yaml, and key=value behind it")
     overrides = [word for word in words if word not in files]
-    return _of_run(Path(files[0]), overrides) if files else compose_config(overrides)
+    return of_run(Path(files[0]), overrides) if files else compose_config(overrides)
 
 
-def _of_run(path: Path, overrides: Sequence[str] = ()) -> Config:
+def of_run(path: Path, overrides: Sequence[str] = ()) -> Config:
     """A frozen config. One that lies in its run's directory belongs to that directory, wherever it was moved."""
     from pipeline.config import completed, read_config
     from pipeline.launch.plan import RECORD
@@ -167,7 +167,7 @@ def _train_here(config: Config) -> int:
     from pipeline.world import World
 
     world = World.from_environment()
-    _agree(config, world)
+    agree(config, world)
     try:
         run.train(config, world, Console(quiet=not world.leads))
     except InterruptedRunError as interruption:
@@ -222,7 +222,7 @@ def _train_as_task(config: Config) -> int:
     from pipeline.world import SLURM, World
 
     world = World.from_environment()
-    _agree(config, world)
+    agree(config, world)
     os.environ.update(world.environment())
     if not world.leads:
         return _train_here(config)
@@ -251,7 +251,7 @@ def _noted(config: Config, start: Callable[[], int]) -> int:
             print(f"pipeline: {config.directory}/run.json lacks this end: {error.strerror}", file=sys.stderr)
 
 
-def _frozen(words: list[str]) -> Path:
+def frozen(words: list[str]) -> Path:
     from pipeline.config import ConfigError
 
     if len(words) != 1 or not words[0].endswith((".yaml", ".yml")):
@@ -262,7 +262,7 @@ def _frozen(words: list[str]) -> Path:
     return Path(words[0])
 
 
-def _agree(config: Config, world: World) -> None:
+def agree(config: Config, world: World) -> None:
     """What the launcher started is what was asked for, or nothing starts."""
     from pipeline.config import ConfigError
 

@@ -178,6 +178,7 @@ class SlurmConfig:
     # and data.cache where no variable names it
     launcher: str = "srun"  # srun = a task a process; torchrun = a task a node
     resubmit: str = "requeue"  # how an interrupted job goes on: requeue = the same job; chain = one that follows it
+    check: bool = True  # let every rank look (`pipeline doctor --nodes`) before each start; a fault ends the job
     restarts: int = 100  # starts after the first that the job gives itself; 0 = none. Slurm's own are not bounded
     interface: str = ""  # network of NCCL and gloo, as ib0; "" = left to them
     infiniband: str = ""  # adapters of NCCL, as mlx5_0,mlx5_3:1; off = none; "" = left to it

@@ -5,11 +5,15 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
+import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import TextIO
 
 _SECONDS = 60.0  # that Slurm's controller may take to answer
-_OURS = ("PIPELINE_ORIGIN", "PIPELINE_SLURM", "PIPELINE_CODE")
+_OURS = ("PIPELINE_ORIGIN", "PIPELINE_SLURM", "PIPELINE_CODE", "PIPELINE_HOSTS", "PIPELINE_REPORT")
 
 
 class QueueError(Exception):
@@ -49,6 +53,24 @@ def states(jobs: Sequence[str]) -> dict[str, str]:
 def cancel(jobs: Sequence[str]) -> None:
     """End them: their ranks get SIGTERM, and time to save. Raises QueueError."""
     _asked("scancel", *jobs)
+
+
+def follow(job: str, log: Path, out: TextIO, seconds: float = 1.0) -> None:
+    """Show what a job prints until it has left the queue; on stderr, what it waits for. Raises QueueError."""
+    shown, before = 0, ""
+    while True:
+        state = states([job]).get(job, "")
+        with suppress(FileNotFoundError), log.open("rb") as file:
+            file.seek(shown)
+            print(file.read().decode(errors="replace"), end="", file=out, flush=True)
+            shown = file.tell()
+        if not state:
+            return
+        word, _, reason = state.split(" ", 2)
+        if word == "PENDING" and reason != before:
+            print(f"job {job} waits {reason}", file=sys.stderr)
+        before = reason
+        time.sleep(seconds)
 
 
 def _asked(*command: str, seconds: float = _SECONDS) -> str:

@@ -14,6 +14,8 @@ from pathlib import Path
 _BESIDE, _INSIDE = Path(__file__).parents[2] / "slurm", Path(__file__).parents[1] / "slurm"
 TEMPLATES = _INSIDE if _INSIDE.is_dir() else _BESIDE  # inside the package once it is built as a wheel
 SCRIPT, JOBS = "job.sbatch", "jobs"  # in a run's directory: the script, and the jobs it became, one a line
+ALONE = "nodes.sbatch"  # the template of a check without a run
+CHECK_SECONDS = 420  # of a check; ranks have 120 s to come, and 60 to measure
 _PLAIN = re.compile(r"[\w./:=,@%+-]+", re.ASCII)
 _PLACE = re.compile(r"@\{(\w+)\}")  # of a part in the template
 _ARRAY = re.compile(r"\d+(-\d+)?(,\d+(-\d+)?)*(%[1-9]\d*)?", re.ASCII)
@@ -62,6 +64,7 @@ class Job:
     restarts: int = 0
     interface: str = ""
     infiniband: str = ""
+    check: bool = False
 
     @property
     def tasks_per_node(self) -> int:
@@ -70,19 +73,44 @@ class Job:
 
 def render(job: Job) -> str:
     """The script as text."""
-    parts = {
-        "header": "\n".join(f"#SBATCH {_header_word(option)}" for option in header(job)),
-        "run": shlex.quote(str(job.run)) + ("-$SLURM_ARRAY_TASK_ID" if job.array else ""),
+    parts = _parts(job) | {
         "script": shlex.quote(str(job.script)),
         "nodes": str(job.nodes),
         "tasks": str(job.nodes * job.tasks_per_node),
         "restarts": str(job.restarts),
-        "environment": "\n".join(_environment(job)),
-        "task": "\n".join(f"  {line}" for line in _task(job)),
-        "start": "\n".join(_start(job)),
-        "resubmit": (TEMPLATES / f"{job.resubmit}.sh").read_text().rstrip("\n"),
+        "draw": _draw(job) if job.draws else "",
+        "check": _check(job) if job.check else "",
+        "task": _lines(_task(job, "train")),
+        "resubmit": _template(f"{job.resubmit}.sh"),
     }
-    return _PLACE.sub(lambda place: parts[place[1]], (TEMPLATES / SCRIPT).read_text())
+    return _filled(_template(SCRIPT), parts)
+
+
+def render_check(job: Job, timeout: float = 0.0) -> str:
+    """A script that lets every rank look, and ends with its code. timeout: seconds for ranks to come; 0 = as they are.
+
+    The code is left in the run's directory as logs/code.
+    """
+    return _filled(_template(ALONE), _parts(job) | {"check": _check(job, timeout)})
+
+
+def _parts(job: Job) -> dict[str, str]:
+    """What every script has."""
+    return {
+        "header": "\n".join(f"#SBATCH {_header_word(option)}" for option in header(job)),
+        "run": shlex.quote(str(job.run)) + ("-$SLURM_ARRAY_TASK_ID" if job.array else ""),
+        "environment": "\n".join(_environment(job)),
+        "ranks": _template("ranks.sh"),
+    }
+
+
+def _template(name: str) -> str:
+    return (TEMPLATES / name).read_text().rstrip("\n")
+
+
+def _filled(template: str, parts: dict[str, str]) -> str:
+    """With its parts in their places, and a line break at its end."""
+    return _PLACE.sub(lambda place: parts[place[1]], template) + "\n"
 
 
 def header(job: Job) -> list[str]:
@@ -134,19 +162,17 @@ def _environment(job: Job) -> list[str]:
     return lines
 
 
-def _start(job: Job) -> list[str]:
-    """The start of all ranks, and before it, in a run of a sweep, the question for its parameters."""
-    if not job.draws:
-        return ['"${task[@]}" || code=$?']
+def _draw(job: Job) -> str:
+    """Before the start of all ranks, in a run of a sweep, the question for its parameters."""
     one = _inside(job, "srun --nodes=1 --ntasks=1 --ntasks-per-node=1")
-    return [
+    lines = [
         "# A run of a sweep: the first start asks for its parameters, a later one finds them. 4: there are no more.",
         "# shellcheck disable=SC2054",
         "draw=(", *(f"  {line}" for line in one), f'  {_words(job.python)} -m pipeline launch --draw "$run"', ")",
-        '"${draw[@]}" || code=$?',
+        'start "${draw[@]}"',
         'if [[ $code == 4 ]]; then', '  say "the sweep is over: nothing was started"', "  exit 0", "fi",
-        '[[ $code != 0 ]] || "${task[@]}" || code=$?',
     ]  # fmt: skip
+    return "\n".join(lines) + "\n\n"
 
 
 def network_variables(interface: str, infiniband: str) -> dict[str, str]:
@@ -157,10 +183,24 @@ def network_variables(interface: str, infiniband: str) -> dict[str, str]:
     return named | ({"NCCL_IB_HCA": infiniband} if infiniband else {})
 
 
-def _task(job: Job) -> list[str]:
-    """The command that starts every rank, a line for each of its parts, as elements of an array of bash."""
-    lines = _inside(job, "srun --kill-on-bad-exit=1")
-    train = '-m pipeline train "$run/config.yaml"'
+def _check(job: Job, timeout: float = 0.0) -> str:
+    """The start of the doctor on every rank. It ends by itself long before the time after which it is ended."""
+    verb = f"doctor --nodes --timeout={timeout:g}" if timeout else "doctor --nodes"
+    parts = {"check": _lines(_task(job, verb, bad_exit=0)), "seconds": str(CHECK_SECONDS + int(timeout))}
+    return _filled(_template("check.sh"), parts) + "\n"
+
+
+def _lines(lines: list[str]) -> str:
+    return "\n".join(f"  {line}" for line in lines)
+
+
+def _task(job: Job, verb: str, bad_exit: int = 1) -> list[str]:
+    """The command that starts every rank, a line for each of its parts, as elements of an array of bash.
+
+    bad_exit: 1 = a rank that fails ends the others; 0 = each ends by itself, or a minute after the first of them.
+    """
+    lines = _inside(job, "srun --kill-on-bad-exit=1" if bad_exit else "srun --kill-on-bad-exit=0 --wait=60")
+    train = f'-m pipeline {verb} "$run/config.yaml"'
     if job.launcher == "srun":
         return [*lines, f"{_words(job.python)} {train}"]
     # The agent dies of a USR2 that it does not ignore; its workers, which inherit that, listen again by themselves.

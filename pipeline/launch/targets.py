@@ -16,7 +16,7 @@ from pipeline.launch.slurm import SCRIPT, Job, array_numbers
 
 _AS_THEY_ARE = ("partition", "account", "qos", "constraint", "exclude", "memory", "minutes", "lead_minutes",
                 "cpus_per_task", "container", "image", "launcher", "resubmit", "restarts", "interface",
-                "infiniband")  # fmt: skip
+                "infiniband", "check")  # fmt: skip
 _LISTS = ("options", "modules", "setup", "mounts")
 
 

@@ -17,14 +17,14 @@ from pipeline import cli
 from pipeline.config import ConfigError, compose_config, read_config
 from pipeline.launch.failure import CODE, leave_code
 from pipeline.launch.plan import read_record
-from pipeline.launch.slurm import TEMPLATES, Job, array_numbers, render
+from pipeline.launch.slurm import TEMPLATES, Job, array_numbers, render, render_check
 from pipeline.world import World
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "slurm"
 BARE = Job(
     name="first", run=Path("/runs/first"), script=Path("/runs/first/job.sbatch"), directory=Path("/home/me/work"),
     nodes=4, devices=8, threads=12, python="/venv/bin/python", partition="gpu", account="vision", minutes=1440,
-    lead_minutes=5, cpus_per_task=12, gpus_per_node=8, restarts=100,
+    lead_minutes=5, cpus_per_task=12, gpus_per_node=8, restarts=100, check=True,
 )  # fmt: skip
 INSIDE = {"python": "python3", "mounts": ("/data:/data:ro", "/scratch"), "made": (Path("/local/me"),),
           "places": (Path("/home/me/work"), Path("/local/me"))}  # fmt: skip
@@ -48,14 +48,15 @@ JOBS = {
 EVIL = """it's "$(touch hacked)" `touch hacked` ; touch hacked # @{run} %j & *"""
 
 
-@pytest.mark.parametrize("name", JOBS)
+@pytest.mark.parametrize("name", [*JOBS, "nodes"])
 def test_the_script_is_the_golden_one(name):
     """Written anew by PIPELINE_WRITE_GOLDEN=1, to be read before it is committed."""
     path = GOLDEN / f"{name}.sbatch"
+    text = render_check(BARE, timeout=30) if name == "nodes" else render(JOBS[name])
     if os.environ.get("PIPELINE_WRITE_GOLDEN"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(render(JOBS[name]))
-    assert render(JOBS[name]) == path.read_text()
+        path.write_text(text)
+    assert text == path.read_text()
 
 
 def test_scripts_pass_shellcheck():
@@ -64,7 +65,7 @@ def test_scripts_pass_shellcheck():
     if shellcheck is None:
         pytest.skip("shellcheck is not installed")
     scripts = [*GOLDEN.glob("*.sbatch"), TEMPLATES / "nccl_check.sbatch"]
-    assert len(scripts) == len(JOBS) + 1
+    assert len(scripts) == len(JOBS) + 2
     done = subprocess.run([shellcheck, *map(str, scripts)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
 
@@ -84,6 +85,7 @@ def slurm(tmp_path, monkeypatch):
         program(bin_, name, f"""
 [[ "$1 $2" != "show hostnames" ]] || {{ echo node1; echo node2; exit 0; }}
 echo "{name} $*" >>'{tmp_path}/calls'
+if [[ {name} == srun && "$*" == *" doctor --nodes "* ]]; then exit "${{CHECK:-0}}"; fi
 if [[ {name} == srun ]]; then
   printf '%s\\0' "$@" >'{tmp_path}/words'
   [[ -z ${{LEAVES:-}} ]] || echo "$LEAVES" >"$PIPELINE_CODE"
@@ -177,6 +179,40 @@ def test_a_chain_goes_on_in_a_job_that_depends_on_this_one(slurm):
     run_script(job, LEAVES="75", SLURM_JOB_ID="42", PIPELINE_ORIGIN="40")
     code, said = run_script(job, LEAVES="75", SLURM_JOB_ID="43", PIPELINE_ORIGIN="40")
     assert (code, "slurm.restarts = 3 allows no more" in said) == (75, True)
+
+
+@pytest.mark.parametrize(("check", "code", "said"), [
+    ("2", 2, "not all nodes are fit for this run: see above"), ("3", 3, "another start would end there again"),
+    ("1", 1, "ended with code 1"), ("124", 124, "ended with code 124"),
+])  # fmt: skip
+def test_nodes_that_are_not_fit_end_the_job_before_it_trains(slurm, check, code, said):
+    ended, output = run_script(small(slurm, restarts=9), CHECK=check)
+    assert ended == code
+    assert said in output
+    assert "train" not in (slurm / "calls").read_text()
+    assert "requeue" not in (slurm / "calls").read_text()
+
+
+@pytest.mark.parametrize("check", ["75", "137", "143"])
+def test_a_check_that_is_interrupted_is_no_end(slurm, check):
+    code, said = run_script(small(slurm, restarts=9), CHECK=check)
+    assert (code, "starts itself again, 1 of at most 9 times" in said) == (0, True)
+    assert "train" not in (slurm / "calls").read_text()
+
+
+def test_the_check_is_left_out_where_nobody_wants_it(slurm):
+    assert run_script(small(slurm, check=False), CHECK="2")[0] == 0
+    assert "doctor" not in (slurm / "calls").read_text()
+
+
+def test_a_check_alone_leaves_its_code(slurm):
+    job = small(slurm)
+    (job.run / "logs").mkdir(parents=True)
+    for code in ("0", "3"):
+        environment = {**os.environ, "SLURM_JOB_ID": "40", "SLURM_JOB_NODELIST": "node[1-2]", "CHECK": code,
+                       "SLURM_CPUS_PER_TASK": "12"}  # fmt: skip
+        done = subprocess.run(["/bin/bash", "-c", render_check(job)], env=environment, check=False, timeout=30)
+        assert str(done.returncode) == (job.run / "logs" / "code").read_text().strip() == code
 
 
 def test_a_task_of_an_array_starts_itself_alone(slurm):

@@ -14,6 +14,7 @@ import platform
 import secrets
 import shutil
 import signal
+import stat
 import subprocess
 import tempfile
 import time
@@ -21,7 +22,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 PACKAGES = ["slurmctld", "slurmd", "slurm-client", "slurm-wlm-basic-plugins", "munge", "iproute2"]
-NODES, CPUS = 2, 4  # a node claims CPUs that the machine may not have
+NODES, CPUS, GPUS = 2, 4, 2  # a node claims what the machine may not have: jobs are told numbers of GPUs, nothing more
 BRIDGE, PREFIX, SUBNET = "pltest0", "pltest", "10.87.31"
 PORT = 26817  # of the controller; nodes listen on the next, each in its own namespace
 
@@ -49,6 +50,7 @@ SlurmdParameters=config_overrides
 MpiDefault=none
 ReturnToService=2
 SelectType=select/cons_tres
+GresTypes=gpu
 SelectTypeParameters=CR_Core
 SchedulerParameters=bf_interval=2,sched_interval=2,batch_sched_delay=0
 KillWait=15
@@ -60,7 +62,9 @@ AccountingStorageType=accounting_storage/none
 PartitionName=low Nodes=ALL Default=YES MaxTime=INFINITE PriorityTier=1 PreemptMode=REQUEUE
 PartitionName=high Nodes=ALL MaxTime=INFINITE PriorityTier=2 PreemptMode=OFF
 """
-NODE = "NodeName={name} NodeAddr={address} NodeHostname={name} Port={port} CPUs={cpus} RealMemory=16000\n"
+NODE = (
+    "NodeName={name} NodeAddr={address} NodeHostname={name} Port={port} CPUs={cpus} RealMemory=16000 Gres=gpu:{gpus}\n"
+)
 
 
 class UnavailableError(Exception):
@@ -121,10 +125,14 @@ def _configure(home: Path, names: list[str]) -> Path:
     key.chmod(0o400)
     shutil.chown(key, "munge", "munge")
     conf = home / "slurm.conf"
-    nodes = [NODE.format(name=name, address=f"{SUBNET}.{10 + number}", port=PORT + 1, cpus=CPUS)
+    nodes = [NODE.format(name=name, address=f"{SUBNET}.{10 + number}", port=PORT + 1, cpus=CPUS, gpus=GPUS)
              for number, name in enumerate(names)]  # fmt: skip
     conf.write_text("".join(nodes) + CONFIG.format(home=home, subnet=SUBNET, port=PORT))
     (home / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
+    gpus = [home / f"gpu{number}" for number in range(GPUS)]
+    for gpu in gpus:
+        os.mknod(gpu, 0o666 | stat.S_IFCHR, os.makedev(1, 3))  # as /dev/null: Slurm wants a device
+    (home / "gres.conf").write_text("".join(f"Name=gpu File={gpu}\n" for gpu in gpus))
     return conf
 
 

@@ -32,6 +32,7 @@ WORDS = (
     "trainer.keep_checkpoints=99", "trainer.validate_every_epochs=3", "cluster=slurm_1x8", "cluster.nodes=2",
     "cluster.devices=2", "cluster.accelerator=cpu", "slurm.cpus_per_task=1", "slurm.minutes=30",
 )  # fmt: skip
+UNCHECKED = "slurm.check=false"
 OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL", "OUT_OF_MEMORY")
 
 
@@ -259,6 +260,7 @@ def test_a_cancelled_run_saves_and_stays_ended(whole: Path, shards: Path, tmp_pa
 
 
 def wrapper(directory: Path, body: str) -> str:
+    """An interpreter of its own. Where it fakes the training, nodes are not checked: slurm.check=false."""
     path = directory / "python"
     path.write_text(f"#!/bin/bash\n{body}\n")
     path.chmod(0o755)
@@ -266,7 +268,7 @@ def wrapper(directory: Path, body: str) -> str:
 
 
 def test_a_job_that_dies_each_time_stops_at_its_cap_and_says_why(slurm, shards, tmp_path) -> None:
-    run = launch(shards, tmp_path, "run", wrapper(tmp_path, "kill -9 $$"), "slurm.restarts=2")
+    run = launch(shards, tmp_path, "run", wrapper(tmp_path, "kill -9 $$"), UNCHECKED, "slurm.restarts=2")
     assert over(run) == "FAILED"
     assert log(run).count("a rank was killed by signal 9; it starts itself again") == 2
     assert "it has started itself again 2 times, and slurm.restarts = 2 allows no more" in log(run)
@@ -277,7 +279,7 @@ def test_a_run_that_never_gets_further_is_refused_by_the_start_that_sees_it(slur
     body = f"""[[ $SLURM_PROCID == 0 ]] && exec {sys.executable} "$@"
 until (($(grep -c '"at"' '{run}/run.json') > ${{SLURM_RESTART_COUNT:-0}})); do sleep 0.2; done
 kill -9 $$"""
-    launch(shards, tmp_path, "run", wrapper(tmp_path, body), "run.stalled_starts=2")
+    launch(shards, tmp_path, "run", wrapper(tmp_path, body), UNCHECKED, "run.stalled_starts=2")
     assert over(run) == "FAILED"
     assert "run failed 2 times in a row after step 0 and never got further" in log(run)
     assert "ended with code 2: another start would end there again, there is none" in log(run)
@@ -292,7 +294,7 @@ def test_another_shape_than_was_asked_for_stops_before_the_first_step(slurm, sha
 
 
 def test_ranks_compare_what_srun_started_with_the_config(slurm, shards, tmp_path) -> None:
-    run = launch(shards, tmp_path, "run", wrapper(tmp_path, "exit 0"))
+    run = launch(shards, tmp_path, "run", wrapper(tmp_path, "exit 0"), UNCHECKED)
     assert over(run) == "COMPLETED"
     task = ["srun", "--nodes=2", "--ntasks=4", "--distribution=arbitrary",
             "--nodelist=pltest1,pltest1,pltest1,pltest2", "--export=ALL,PIPELINE_SLURM=srun",
@@ -304,7 +306,7 @@ def test_ranks_compare_what_srun_started_with_the_config(slurm, shards, tmp_path
 
 def test_an_array_is_a_job_for_each_of_its_runs(slurm, shards, tmp_path) -> None:
     once = f"mkdir {tmp_path}/killed 2>/dev/null && kill -9 $$; echo seed"
-    first = launch(shards, tmp_path, "a", wrapper(tmp_path, once), "--array", "2-4", "cluster.nodes=1",
+    first = launch(shards, tmp_path, "a", wrapper(tmp_path, once), UNCHECKED, "--array", "2-4", "cluster.nodes=1",
                    "cluster.devices=1").with_name("a-2")  # fmt: skip
     runs = [first, *(first.with_name(f"a-{number}") for number in (3, 4))]
     assert [over(run) for run in runs] == ["COMPLETED"] * 3
@@ -315,7 +317,9 @@ def test_an_array_is_a_job_for_each_of_its_runs(slurm, shards, tmp_path) -> None
 def test_slurm_and_bash_read_every_name_as_it_is(slurm, shards, tmp_path) -> None:
     name = "it's #1 $(touch hacked) 100%j"
     noted = f"printf '%s\\n' \"$@\" >>{tmp_path}/words"
-    run = launch(shards, tmp_path / "a b; c", "unused", wrapper(tmp_path, noted), f'run.id="{name}"').with_name(name)
+    run = launch(
+        shards, tmp_path / "a b; c", "unused", wrapper(tmp_path, noted), UNCHECKED, f'run.id="{name}"'
+    ).with_name(name)
     assert over(run) == "COMPLETED"
     assert (run / "logs" / f"job-{jobs(run)[0]}.log").read_text().endswith("the run is done\n")
     assert (tmp_path / "words").read_text().splitlines()[:4] == ["-m", "pipeline", "train", f"{run}/config.yaml"]
