@@ -7,7 +7,7 @@ PIP     = $(BIN)/python -m pip --disable-pip-version-check --quiet install
 COMPILE = $(BIN)/uv pip compile pyproject.toml --universal --python-version 3.11 --upgrade --generate-hashes \
           --no-emit-index-url --no-header --quiet
 
-.PHONY: help demo test lint slow requirements clean
+.PHONY: help demo test lint cluster slow requirements clean
 
 help:            ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 16
@@ -22,6 +22,9 @@ lint: $(VENV)/.dev         ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+cluster: $(VENV)/.dev      ## jobs on a Slurm cluster that is raised for them (Debian and root; about 4 minutes)
+	$(BIN)/python -m pytest -rs -m "cluster and not slow" tests/slurm
 
 slow: $(VENV)/.dev         ## the tests that take minutes each
 	$(BIN)/python -m pytest -m "slow and not gpu and not cluster"

@@ -53,7 +53,7 @@ class StoredSweep:
 
 
 class WandbServer:
-    """fault: what is answered instead, by the name of the operation ("" for all): a status, or seconds of delay."""
+    """fault: what is answered instead, by the name of the operation (every = all): a status, or seconds of delay."""
 
     entity = "someone"
 

@@ -6,8 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import wandb
 
-from tests.slurm.cluster import UnavailableError, cluster
+from tests.callbacks.wandb_server import WandbServer
+from tests.slurm.cluster import SUBNET, UnavailableError, cluster
 
 ROOT = Path(__file__).parents[2]
 
@@ -31,3 +33,13 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """What jobs inherit: this source, wherever it is installed from."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("TORCH_CPP_LOG_LEVEL", "ERROR")  # nodes have no name server to ask for each other's names
+
+
+@pytest.fixture
+def wandb_server(slurm: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbServer]:
+    """A server that the nodes can reach, and jobs are told of. Runs log to it with tracking.mode=online."""
+    with WandbServer(f"{SUBNET}.1") as server:
+        for name, value in server.environment.items():
+            monkeypatch.setenv(name, value)
+        yield server
+    wandb.teardown()  # the doctor's client remembers this address

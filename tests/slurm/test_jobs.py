@@ -20,9 +20,11 @@ import torch
 from pipeline import cli
 from pipeline.data.shards import read_manifest
 from pipeline.launch.plan import read_record
+from tests.callbacks.wandb_server import WandbServer
 from tests.multiprocess.test_resume import final, journal
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
+slow = pytest.mark.slow  # not by .ci/run
 
 EPOCHS, STEPS = 6, 30
 WORDS = (
@@ -94,6 +96,13 @@ def same(run: Path, whole: Path) -> None:
         assert ledgers[0] == ledgers[1]
 
 
+def one_run(server: WandbServer, run: Path) -> None:
+    """W&B has it as one run, whole and each row once, done."""
+    assert list(server.runs) == [read_record(run).wandb_id]
+    assert server.steps() == [row[:2] for row in journal(run)]
+    assert server.run.exit_code == 0
+
+
 @pytest.fixture(scope="session")
 def whole(slurm: Path, shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two nodes with two processes each that nobody disturbed."""
@@ -117,37 +126,24 @@ def test_a_run_of_two_nodes_sees_each_sample_once_an_epoch_and_logs_to_one_place
     assert "the run is done" in log(whole)
 
 
-def test_a_run_that_is_requeued_goes_on_as_the_same_run(whole: Path, shards: Path, tmp_path: Path) -> None:
-    run = launch(shards, tmp_path, "run")
+def test_a_run_that_is_requeued_goes_on_as_the_same_run(whole: Path, shards, tmp_path, wandb_server) -> None:
+    run = launch(shards, tmp_path, "run", "tracking.mode=online")
     said("scontrol", "requeue", in_the_middle(run))
     assert over(run) == "COMPLETED", log(run)
     same(run, whole)
+    one_run(wandb_server, run)
     assert len(read_record(run).starts) == 2
     assert len(jobs(run)) == 1
 
 
-def test_a_run_that_is_preempted_goes_on_as_the_same_run(whole: Path, shards: Path, tmp_path: Path) -> None:
-    run = launch(shards, tmp_path, "run")
+@slow
+def test_a_run_that_is_preempted_goes_on_as_the_same_run(whole: Path, shards, tmp_path, wandb_server) -> None:
+    run = launch(shards, tmp_path, "run", "tracking.mode=online")
     in_the_middle(run)
     said("sbatch", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 2")
     assert over(run) == "COMPLETED", log(run)
     same(run, whole)
-    assert len(read_record(run).starts) == 2
-
-
-@pytest.mark.parametrize("how", ["slurm.resubmit=chain", "slurm.resubmit=requeue", "slurm.launcher=torchrun"])
-def test_a_run_whose_time_is_up_saves_and_goes_on_by_itself(whole, shards, tmp_path, how: str) -> None:
-    """USR2 reaches the ranks some time before the job's limit, as `scancel --signal` sends it."""
-    run = launch(shards, tmp_path, "run", how)
-    said("scancel", "--signal=USR2", in_the_middle(run))
-    until(lambda: "goes on as job" in log(run) or "starts itself again, 1 of at most 100" in log(run), run)
-    assert "interrupted, and can go on; it starts itself again" in log(run)
-    stopped = read_record(run).starts[0]
-    assert over(run) == "COMPLETED", log(run)
-    same(run, whole)
-    assert len(jobs(run)) == (2 if how.endswith("chain") else 1)
-    assert stopped["ended"] == "interrupted"
-    assert read_record(run).starts[1]["step"] > 5  # from a checkpoint of that very moment
+    one_run(wandb_server, run)
     assert len(read_record(run).starts) == 2
 
 
@@ -161,6 +157,58 @@ def rank_process(run: Path, rank: int) -> int:
     raise AssertionError(f"rank {rank} does not run")
 
 
+def signalled(process: int, number: int) -> bool:
+    """Whether a signal has reached a process that was stopped. Slurm lets it go on with that; if not, it is pending."""
+    try:
+        status = Path(f"/proc/{process}/status").read_text()
+    except OSError:
+        return True
+    waits = int(re.search(r"ShdPnd:\s*(\w+)", status)[1], 16) & 1 << (number - 1)
+    return bool(waits) or "\nState:\tT" not in status
+
+
+@slow
+@pytest.mark.parametrize("resubmit", ["requeue", "chain"])
+def test_a_run_whose_time_is_up_saves_and_goes_on_by_itself(whole, shards, tmp_path, wandb_server, resubmit) -> None:
+    """A rank stands still until Slurm has sent its USR2, a minute or two before the limit."""
+    run = launch(shards, tmp_path, "run", f"slurm.resubmit={resubmit}", "tracking.mode=online", "slurm.lead_minutes=1",
+                 "cluster.lead_seconds=60", "cluster.hang_seconds=0")  # fmt: skip
+    job = in_the_middle(run)
+    process = rank_process(run, 3)
+    os.kill(process, signal.SIGSTOP)
+    try:
+        ran = re.search(r"RunTime=\d+:(\d+):", said("scontrol", "show", "job", "-o", job))[1]
+        said("scontrol", "update", f"jobid={job}", f"timelimit={int(ran) + 2}")
+        until(lambda: signalled(process, signal.SIGUSR2), run)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, signal.SIGCONT)
+    said("scontrol", "update", f"jobid={job}", "timelimit=30")  # for its next start
+    went_on_by_itself(run, whole, 2 if resubmit == "chain" else 1)
+    one_run(wandb_server, run)
+
+
+@slow
+def test_a_run_of_torchruns_agents_is_signalled_and_goes_on_by_itself(whole, shards, tmp_path) -> None:
+    run = launch(shards, tmp_path, "run", "slurm.launcher=torchrun")
+    said("scancel", "--signal=USR2", in_the_middle(run))
+    went_on_by_itself(run, whole, 1)
+
+
+def went_on_by_itself(run: Path, whole: Path, count: int) -> None:
+    """As the same run, in so many jobs, from a checkpoint of the moment at which the signal came."""
+    until(lambda: "goes on as job" in log(run) or "starts itself again, 1 of at most 100" in log(run), run)
+    assert "interrupted, and can go on; it starts itself again" in log(run)
+    stopped = read_record(run).starts[0]
+    assert over(run) == "COMPLETED", log(run)
+    same(run, whole)
+    assert len(jobs(run)) == count
+    assert stopped["ended"] == "interrupted"
+    assert read_record(run).starts[1]["step"] > 5
+    assert len(read_record(run).starts) == 2
+
+
+@slow
 def test_a_run_whose_rank_crashes_ends(slurm, shards: Path, tmp_path: Path) -> None:
     run = launch(shards, tmp_path, "run")
     in_the_middle(run)
@@ -169,6 +217,7 @@ def test_a_run_whose_rank_crashes_ends(slurm, shards: Path, tmp_path: Path) -> N
     assert "ended with code 139: another start would end there again, there is none" in log(run)
 
 
+@slow
 def test_a_run_that_loses_a_rank_goes_on_as_the_same_run(whole: Path, shards: Path, tmp_path: Path) -> None:
     run = launch(shards, tmp_path, "run")
     in_the_middle(run)
@@ -179,8 +228,9 @@ def test_a_run_that_loses_a_rank_goes_on_as_the_same_run(whole: Path, shards: Pa
     assert len(read_record(run).starts) == 2
 
 
-def test_a_run_that_loses_a_node_goes_on_as_the_same_run(whole: Path, shards: Path, tmp_path: Path) -> None:
-    run = launch(shards, tmp_path, "run")
+@slow
+def test_a_run_that_loses_a_node_goes_on_as_the_same_run(whole: Path, shards, tmp_path, wandb_server) -> None:
+    run = launch(shards, tmp_path, "run", "tracking.mode=online")
     job = in_the_middle(run)
     said("scontrol", "update", "nodename=pltest2", "state=down", "reason=test")
     try:
@@ -190,9 +240,11 @@ def test_a_run_that_loses_a_node_goes_on_as_the_same_run(whole: Path, shards: Pa
         subprocess.run(["scontrol", "update", "nodename=pltest2", "state=resume"], check=False, timeout=60)
     assert over(run) == "COMPLETED", log(run)
     same(run, whole)
+    one_run(wandb_server, run)
     assert len(read_record(run).starts) == 2
 
 
+@slow
 def test_a_run_goes_on_with_other_nodes(whole: Path, shards: Path, tmp_path: Path) -> None:
     run = launch(shards, tmp_path, "run", "slurm.restarts=0")
     said("scancel", "--signal=USR2", in_the_middle(run))
@@ -204,6 +256,7 @@ def test_a_run_goes_on_with_other_nodes(whole: Path, shards: Path, tmp_path: Pat
     assert [row[:2] for row in journal(run)] == [row[:2] for row in journal(whole)]
 
 
+@slow
 def test_a_run_staged_on_the_disk_of_each_node_is_the_same_run(whole: Path, shards: Path, tmp_path: Path) -> None:
     """Whose name the nodes alone know: here they share a file system, so it is of each node's own name."""
     run = launch(shards, tmp_path, "run", "data.stage=true", f"data.cache={tmp_path}/$SLURMD_NODENAME/pipeline")
@@ -230,6 +283,7 @@ exec "$@"
 """
 
 
+@slow
 def test_a_container_sees_the_disk_that_shards_are_staged_to(slurm, shards, tmp_path) -> None:
     tool = tmp_path / "bin" / "apptainer"
     tool.parent.mkdir()
@@ -244,6 +298,7 @@ def test_a_container_sees_the_disk_that_shards_are_staged_to(slurm, shards, tmp_
     assert len(list((tmp_path / "disk of a node" / "shards").glob("*.tar"))) == 7
 
 
+@slow
 def test_a_cancelled_run_saves_and_stays_ended(whole: Path, shards: Path, tmp_path: Path, capsys) -> None:
     run = launch(shards, tmp_path, "run")
     job = in_the_middle(run)
@@ -267,13 +322,17 @@ def wrapper(directory: Path, body: str) -> str:
     return f"slurm.python={path}"
 
 
-def test_a_job_that_dies_each_time_stops_at_its_cap_and_says_why(slurm, shards, tmp_path) -> None:
-    run = launch(shards, tmp_path, "run", wrapper(tmp_path, "kill -9 $$"), UNCHECKED, "slurm.restarts=2")
+@pytest.mark.parametrize("resubmit", ["requeue", "chain"])
+def test_a_job_that_dies_each_time_stops_at_its_cap_and_says_why(slurm, shards, tmp_path, resubmit) -> None:
+    run = launch(shards, tmp_path, "run", wrapper(tmp_path, "kill -9 $$"), UNCHECKED, "slurm.restarts=2",
+                 f"slurm.resubmit={resubmit}")  # fmt: skip
+    until(lambda: "allows no more" in log(run), run)
     assert over(run) == "FAILED"
     assert log(run).count("a rank was killed by signal 9; it starts itself again") == 2
     assert "it has started itself again 2 times, and slurm.restarts = 2 allows no more" in log(run)
 
 
+@slow
 def test_a_run_that_never_gets_further_is_refused_by_the_start_that_sees_it(slurm, shards, tmp_path) -> None:
     run = tmp_path / "run"
     body = f"""[[ $SLURM_PROCID == 0 ]] && exec {sys.executable} "$@"
@@ -293,6 +352,7 @@ def test_another_shape_than_was_asked_for_stops_before_the_first_step(slurm, sha
     assert read_record(run).starts == []
 
 
+@slow
 def test_ranks_compare_what_srun_started_with_the_config(slurm, shards, tmp_path) -> None:
     run = launch(shards, tmp_path, "run", wrapper(tmp_path, "exit 0"), UNCHECKED)
     assert over(run) == "COMPLETED"
@@ -304,6 +364,32 @@ def test_ranks_compare_what_srun_started_with_the_config(slurm, shards, tmp_path
     assert "cluster.devices = 2 processes a node, but the launcher started 3 on node 0; make them equal" in done.stderr
 
 
+@slow
+def test_six_runs_of_an_array_end_two_at_a_time_though_one_is_preempted(slurm, shards, tmp_path) -> None:
+    whole_node = ("cluster.nodes=1", "cluster.devices=2", "slurm.cpus_per_task=2", "trainer.max_epochs=3")
+    first = launch(shards, tmp_path, "six", *whole_node, "--array", "0-5%2").with_name("six-0")
+    runs = [first.with_name(f"six-{number}") for number in range(6)]
+    node = re.search(r" NodeList=(\S+)", said("scontrol", "show", "job", "-o", in_the_middle(first)))[1]
+    said("sbatch", "--partition=high", f"--nodelist={node}", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
+    most = 0
+
+    def ended() -> bool:
+        nonlocal most
+        most = max(most, said("squeue", "--noheader", "--array", "--partition=low", "--states=RUNNING").count("\n"))
+        return all(state(jobs(run)[-1]) in OVER for run in runs)
+
+    until(ended, first, 600)
+    assert [state(jobs(run)[-1]) for run in runs] == ["COMPLETED"] * 6, log(first)
+    assert most == 2
+    assert [len(read_record(run).starts) for run in runs] == [2, 1, 1, 1, 1, 1]
+    alone = launch(shards, tmp_path, "alone", *whole_node, "--array", "0").with_name("alone-0")
+    assert over(alone) == "COMPLETED", log(alone)
+    assert journal(first) == journal(alone)
+    weights = [final(run)["state_dict"] for run in (first, alone)]
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
+@slow
 def test_an_array_is_a_job_for_each_of_its_runs(slurm, shards, tmp_path) -> None:
     once = f"mkdir {tmp_path}/killed 2>/dev/null && kill -9 $$; echo seed"
     first = launch(shards, tmp_path, "a", wrapper(tmp_path, once), UNCHECKED, "--array", "2-4", "cluster.nodes=1",
