@@ -1,7 +1,8 @@
 """A Slurm cluster of its own on this machine, for as long as a test needs it: Debian's packages, root, no systemd.
 
 Each node is a network namespace with an address, a host name and a slurmd. Nothing of the machine is changed: names are
-looked up in /etc/netns, which `ip netns exec` lays over /etc. By hand, until Ctrl-C:
+looked up in /etc/netns, which `ip netns exec` lays over /etc. There is one at a time: who comes second waits, and
+clears away what a killed one has left. By hand, until Ctrl-C:
 
     python -m tests.slurm.cluster
 """
@@ -9,6 +10,7 @@ looked up in /etc/netns, which `ip netns exec` lays over /etc. By hand, until Ct
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import platform
 import secrets
@@ -25,6 +27,7 @@ PACKAGES = ["slurmctld", "slurmd", "slurm-client", "slurm-wlm-basic-plugins", "m
 NODES, CPUS, GPUS = 2, 4, 2  # a node claims what the machine may not have: jobs are told numbers of GPUs, nothing more
 BRIDGE, PREFIX, SUBNET = "pltest0", "pltest", "10.87.31"
 PORT = 26817  # of the controller; nodes listen on the next, each in its own namespace
+LOCK = Path("/run/pltest.lock")  # held while there is one; holds the directory of the last
 
 CONFIG = """
 ClusterName=pltest
@@ -92,11 +95,17 @@ def install() -> None:
 def cluster() -> Iterator[Path]:
     """A cluster that runs inside the block; yields its slurm.conf. Raises UnavailableError."""
     install()
-    home = Path(tempfile.mkdtemp(prefix="pltest-"))
-    home.chmod(0o755)
     names = [f"{PREFIX}{number + 1}" for number in range(NODES)]
-    with contextlib.ExitStack() as down:
+    with LOCK.open("a+") as lock, contextlib.ExitStack() as down:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.seek(0)
+        _clear(names, lock.read())
+        home = Path(tempfile.mkdtemp(prefix="pltest-"))
+        home.chmod(0o755)
         down.callback(shutil.rmtree, home, ignore_errors=True)
+        lock.truncate(0)
+        lock.write(str(home))
+        lock.flush()
         conf = _configure(home, names)
         _connect(names, down)
         _begin(home, "munged", ["setpriv", "--reuid=munge", "--regid=munge", "--init-groups", "munged", "--foreground",
@@ -114,6 +123,27 @@ def cluster() -> Iterator[Path]:
         _until(lambda: len(_said("sinfo", "-h", "-N", "-p", "low", "-t", "idle").splitlines()) == NODES, "nodes idle")
         down.callback(_empty)  # first of all: the jobs
         yield conf
+
+
+def _clear(names: list[str], home: str) -> None:
+    """Whatever a cluster that was killed has left: processes of its nodes and of its controller, its network."""
+    if not home or not Path(home).is_dir():
+        return
+    left = [int(pid) for name in names for pid in _said("ip", "netns", "pids", name).split()]
+    for file in (Path(home) / "munge" / "pid", Path(home) / "state" / "slurmctld.pid"):
+        with contextlib.suppress(OSError, ValueError):
+            pid = int(file.read_text())
+            command = Path(f"/proc/{pid}/cmdline").read_bytes()
+            left += [pid] if b"munged" in command or b"slurmctld" in command else []
+    for pid in left:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    for number, name in enumerate(names):
+        _ok("ip", "link", "del", _cable(number))
+        _ok("ip", "netns", "del", name)
+        shutil.rmtree(Path("/etc/netns") / name, ignore_errors=True)
+    _ok("ip", "link", "del", BRIDGE)
+    shutil.rmtree(home, ignore_errors=True)
 
 
 def _configure(home: Path, names: list[str]) -> Path:
@@ -151,13 +181,17 @@ def _connect(names: list[str], down: contextlib.ExitStack) -> None:
         down.callback(shutil.rmtree, over, ignore_errors=True)
         (over / "hosts").write_text(hosts)
         (over / "resolv.conf").write_text("nameserver 127.0.0.1\n")  # nobody answers there: at once, not after 10 s
-        cable = f"{PREFIX}v{number + 1}"
+        cable = _cable(number)
         _run("ip", "link", "add", cable, "type", "veth", "peer", "name", "eth0", "netns", name)
         down.callback(_ok, "ip", "link", "del", cable)
         _run("ip", "link", "set", cable, "master", BRIDGE, "up")
         _run("ip", "-n", name, "addr", "add", f"{SUBNET}.{10 + number}/24", "dev", "eth0")
         for device in ("lo", "eth0"):
             _run("ip", "-n", name, "link", "set", device, "up")
+
+
+def _cable(number: int) -> str:
+    return f"{PREFIX}v{number + 1}"
 
 
 def _begin(home: Path, name: str, command: list[str], down: contextlib.ExitStack) -> None:
