@@ -65,9 +65,7 @@ class DataConfig:
     global_batch_size: int = 256  # images an optimizer step, over all ranks
     micro_batch_size: int = 0  # images a rank holds at once; 0 = its whole share; less accumulates gradients
     window: int = 0  # shards shuffled together; 0 = all
-    cache: str = (
-        ""  # directory for remote and staged shards, and for indexes of read-only roots; "" = ~/.cache/pipeline.
-    )
+    cache: str = ""  # directory for remote and staged shards, and indexes of read-only roots; "" = ~/.cache/pipeline.
     # May name variables that are set on the nodes alone: $SLURM_TMPDIR/pipeline
     cache_gb: float = 0.0  # limit on shards kept there on a node, in 1e9 bytes; 0 = none
     stage: bool = False  # copy the shards of a directory, too, to data.cache, each once a node, before they are read
