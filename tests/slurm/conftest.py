@@ -38,8 +38,10 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def wandb_server(slurm: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbServer]:
     """A server that the nodes can reach, and jobs are told of. Runs log to it with tracking.mode=online."""
+    wandb.teardown()  # the doctor's client remembers the address of an earlier one
+    monkeypatch.delenv("WANDB_MODE", raising=False)
     with WandbServer(f"{SUBNET}.1") as server:
         for name, value in server.environment.items():
             monkeypatch.setenv(name, value)
         yield server
-    wandb.teardown()  # the doctor's client remembers this address
+    wandb.teardown()

@@ -10,7 +10,7 @@ import pytest
 
 from pipeline import cli
 from pipeline.launch.plan import read_record
-from tests.slurm.test_jobs import WORDS, jobs, launch, log, over, wrapper
+from tests.slurm.test_jobs import WORDS, jobs, launch, log, over, slow, wrapper
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
@@ -38,7 +38,7 @@ def on_the_second_node(directory: Path, line: str) -> str:
     return wrapper(directory, f'[[ $SLURMD_NODENAME != pltest2 ]] || {{ {line}; }}\nexec {sys.executable} "$@"')
 
 
-@pytest.mark.parametrize("how", ["slurm.launcher=srun", "slurm.launcher=torchrun"])
+@pytest.mark.parametrize("how", ["slurm.launcher=srun", pytest.param("slurm.launcher=torchrun", marks=slow)])
 def test_healthy_nodes_are_shown_and_the_run_begins(slurm, shards: Path, tmp_path: Path, how: str) -> None:
     run = launch(shards, tmp_path, "run", *SHORT, how)
     assert over(run) == "COMPLETED", log(run)

@@ -2,40 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
-
 import pytest
-import wandb
 
 from pipeline.config import read_config
 from pipeline.launch.plan import read_record
-from tests.callbacks.wandb_server import WandbServer
 from tests.multiprocess.test_resume import journal
-from tests.slurm.cluster import SUBNET
 from tests.slurm.test_jobs import STEPS, in_the_middle, launch, log, over, said, until
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(600)]
 
 RATES = (0.01, 0.02, 1e-05)
 # A node holds one element, so that what preempts one leaves the others alone.
 ONE_NODE = ("cluster.nodes=1", "cluster.devices=2", "slurm.cpus_per_task=2", "tracking.mode=auto", "ledger=false")
 
 
-@pytest.fixture
-def server(slurm: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbServer]:
-    """A W&B server where the nodes reach it; jobs inherit its address and key."""
-    wandb.teardown()  # which keeps the address of an earlier one
-    with WandbServer(host=f"{SUBNET}.1") as server:
-        for name, value in server.environment.items():
-            monkeypatch.setenv(name, value)
-        monkeypatch.delenv("WANDB_MODE", raising=False)
-        yield server
-    wandb.teardown()
-
-
-def test_an_element_that_is_preempted_keeps_its_parameters_and_its_run(server, shards: Path, tmp_path: Path) -> None:
-    given = server.sweep(*({"optimizer.rate": rate} for rate in RATES)).given
+def test_an_element_that_is_preempted_keeps_its_parameters_and_its_run(wandb_server, shards, tmp_path) -> None:
+    given = wandb_server.sweep(*({"optimizer.rate": rate} for rate in RATES)).given
     sweep = ("--sweep", "someone/pipeline/swept", "--array", "0-2%2")
     first = launch(shards, tmp_path, "a", *ONE_NODE, *sweep).with_name("a-0")
     runs = [first, first.with_name("a-1"), first.with_name("a-2")]
@@ -49,10 +31,10 @@ def test_an_element_that_is_preempted_keeps_its_parameters_and_its_run(server, s
     assert ((runs[0] / "config.yaml").read_bytes(), read_record(runs[0]).wandb_id) == (drawn, name)
     assert [len(read_record(run).starts) for run in runs] == [2, 1, 1]
     assert [parameters["optimizer.rate"] for parameters in given.values()] == list(RATES)
-    assert server.calls["CreateAgent"] == 3  # a start that goes on does not ask
-    assert set(server.runs) == {read_record(run).wandb_id for run in runs} == set(given)
+    assert wandb_server.calls["CreateAgent"] == 3  # a start that goes on does not ask
+    assert set(wandb_server.runs) == {read_record(run).wandb_id for run in runs} == set(given)
     for run in runs:
-        stored = server.runs[read_record(run).wandb_id]
+        stored = wandb_server.runs[read_record(run).wandb_id]
         assert read_config(run / "config.yaml").optimizer.rate == given[stored.name]["optimizer.rate"]
         assert (stored.sweep, stored.exit_code, stored.preempting) == ("swept", 0, False)
         steps = [row["step"] for row in stored.history if "train/loss" in row]
