@@ -11,7 +11,7 @@ from typing import TextIO
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """step: optimizer steps taken. split: train or val. top1, top5: fractions. data_wait: share of the time."""
+    """What is known at a step. Names, units and meaning: metrics.py, docs/metrics.md. None: not known, or not there."""
 
     step: int
     epoch: float
@@ -24,6 +24,17 @@ class Row:
     images_per_s: float | None = None
     data_wait: float | None = None
     seconds: float | None = None
+    samples: float | None = None
+    statistics_wait: float | None = None
+    gradient_wait: float | None = None
+    checkpoint_wait: float | None = None
+    span: float | None = None
+    mfu: float | None = None
+    memory_gb: float | None = None
+    goodput: float | None = None
+    at: float | None = None
+    ranks: float | None = None
+    nodes: float | None = None
 
 
 COLUMNS = [f.name for f in fields(Row)]
@@ -34,7 +45,9 @@ class Journal:
 
     def __init__(self, path: Path, *, from_step: int):
         """Continue after step `from_step`: rows of later steps were undone with their steps, and are cut."""
-        kept = [row for row in read_journal(path) if row.step <= from_step] if path.exists() else []
+        found = read_journal(path) if path.exists() else []
+        kept = [row for row in found if row.step <= from_step]
+        self.undone = max((row for row in found if row.step > from_step), key=lambda row: row.step, default=None)
         temporary = path.with_name(f".{path.name}.tmp")
         with temporary.open("w", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS)
@@ -60,21 +73,27 @@ class Journal:
 
 
 def read_journal(path: Path) -> list[Row]:
-    """All rows; a last line that a crash cut short is left out."""
+    """All rows; a last line that a crash cut short is left out. Columns that an older version lacks are None."""
+    text = path.read_text()
+    lines = csv.reader(text[: text.rfind("\n") + 1].splitlines())
+    header = next(lines, [])
+    if not set(COLUMNS[:7]) <= set(header):
+        return []
+    at = {name: header.index(name) for name in COLUMNS if name in header}
+    optional = [(name, at[name]) for name in COLUMNS[7:] if name in at]
+    step, epoch, split, loss, top1, top5, images = (at[name] for name in COLUMNS[:7])
     rows = []
-    with path.open(newline="") as file:
-        for line in csv.DictReader(file):
-            try:
-                optional = {name: float(text) if (text := line[name]) else None for name in COLUMNS[7:]}
-                rows.append(
-                    Row(
-                        step=int(line["step"]), epoch=float(line["epoch"]), split=line["split"],
-                        loss=float(line["loss"]), top1=float(line["top1"]), top5=float(line["top5"]),
-                        images=int(line["images"]), **optional,
-                    )
-                )  # fmt: skip
-            except (TypeError, ValueError):
-                continue
+    for line in lines:
+        try:
+            rows.append(
+                Row(
+                    int(line[step]), float(line[epoch]), line[split], float(line[loss]), float(line[top1]),
+                    float(line[top5]), int(line[images]),
+                    **{name: float(line[i]) if line[i] else None for name, i in optional},
+                )
+            )  # fmt: skip
+        except (IndexError, ValueError):
+            continue
     return rows
 
 

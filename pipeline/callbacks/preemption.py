@@ -28,19 +28,31 @@ class InterruptedRunError(Exception):
 
 
 class SameStart(lightning.Callback):
-    """Before anything else that ranks do together: they go on from the same step. Begins their agreement."""
+    """Before anything else that ranks do together: they go on from the same step. Begins their agreement.
 
-    def __init__(self, agreement: Agreement, timeout: timedelta):
-        self.agreement, self.timeout = agreement, timeout
+    machine: what this rank runs on, in a line; tell: gets those of all ranks, in their order, on every rank.
+    """
+
+    def __init__(
+        self,
+        agreement: Agreement,
+        timeout: timedelta,
+        *,
+        machine: str = "",
+        tell: Callable[[list[str]], object] = lambda machines: None,
+    ):
+        self.agreement, self.timeout, self.machine, self.tell = agreement, timeout, machine, tell
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self.agreement.begin(self.timeout)
-        steps = sorted(set(self.agreement.gather(trainer.global_step)))
+        found = self.agreement.gather((trainer.global_step, self.machine))
+        steps = sorted({step for step, _ in found})
         if len(steps) > 1:
             raise CheckpointError(
                 f"ranks go on from different checkpoints, of steps {steps}: run.dir must be one directory that all "
                 "nodes see"
             )
+        self.tell([machine for _, machine in found])
 
 
 class Preemption(lightning.Callback):

@@ -21,6 +21,7 @@ from typing import Any
 from wandb.proto import wandb_internal_pb2
 
 from pipeline.callbacks.journal import Row
+from pipeline.callbacks.metrics import METRICS, ONLY_IN_CSV, ONLY_IN_WANDB, wandb_name
 
 _IDENTITY, _HEADER, _BLOCK = b":W&B", 7, 32768
 _CHUNK = struct.Struct("<IHB")  # crc32 of kind and data, length, kind
@@ -35,11 +36,16 @@ def position(step: int, split: str) -> int:
 
 
 def values(row: Row) -> Values:
-    """A row as W&B gets it, under our own step."""
-    named = {"loss": row.loss, "top1": row.top1, "top5": row.top5, "rate": row.rate,
-             "images_per_s": row.images_per_s, "data_wait": row.data_wait}  # fmt: skip
-    scores = {f"{row.split}/{name}": value for name, value in named.items() if value is not None}
-    return {"step": row.step, "epoch": row.epoch, **scores}
+    """A row as W&B gets it, under our own step: what is known, by the names of metrics.py."""
+    known = {metric: getattr(row, metric.name, None) for metric in METRICS if metric not in ONLY_IN_CSV}
+    if row.images_per_s is not None:
+        node, rank = ONLY_IN_WANDB
+        known |= {node: _share(row.images_per_s, row.nodes), rank: _share(row.images_per_s, row.ranks)}
+    return {wandb_name(metric, row.split): value for metric, value in known.items() if value is not None}
+
+
+def _share(value: float, parts: float | None) -> float | None:
+    return value / parts if parts else None
 
 
 def position_of(row: Values) -> int:

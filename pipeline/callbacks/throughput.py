@@ -1,50 +1,136 @@
-"""Images a second, and the share of the time in which a step waited for its data."""
+"""Where the time of a training goes: the phases of its pulse, and what of them is waiting for other ranks.
+
+On a CPU the clock of the host says it at every step. On a GPU the host runs ahead of the device: what ranks wait for
+one another is read off events of its stream, at the last step before a row, and stands for all steps of the row.
+"""
 
 from __future__ import annotations
 
 import time
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import lightning
+import torch
+
+from pipeline.callbacks.bad_samples import sum_over_ranks
+from pipeline.launch.pulse import Pulse
+from pipeline.norm.waiting import STATISTICS, Waiting
+
+STEP = ("forward", "backward", "gradients", "optimizer")  # phases of the pulse that are a step's own
+VALIDATION = ("statistics", "validation")
+
+
+@dataclass(frozen=True, slots=True)
+class Spent:
+    """Seconds of one stretch of training, validations left out; ranks are averaged.
+
+    step: in steps, waiting for others in them included. statistics, gradients: standing in collectives of batch
+    statistics and of gradients. data: waiting for a batch. checkpoint: of the training, not of the thread that writes.
+    """
+
+    step: float = 0.0
+    statistics: float = 0.0
+    gradients: float = 0.0
+    data: float = 0.0
+    checkpoint: float = 0.0
+
+    @property
+    def span(self) -> float:
+        """All of it; statistics and gradients are parts of step."""
+        return self.step + self.data + self.checkpoint
+
+    def __add__(self, other: Spent) -> Spent:
+        return Spent(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
 
 class Throughput(lightning.Callback):
-    """Clocks of the training loop. Waiting is the time between the end of one batch and the start of the next."""
+    """Clocks of the training loop, each of one rank. every_steps: between rows, of which the last is looked at closely.
 
-    def __init__(self, global_batch_size: int):
-        self.global_batch_size = global_batch_size
-        self.started = time.perf_counter()
-        self.restart(step=0)
+    pulse: moved by the watchdog.
+    """
 
-    def restart(self, step: int) -> None:
-        """Begin a new interval at this step."""
-        self._since = self._batch_ended = time.perf_counter()
-        self._waited, self._step = 0.0, step
+    def __init__(self, pulse: Pulse, *, every_steps: int):
+        self.pulse, self.every_steps = pulse, every_steps
+        self._started = time.perf_counter()
+        self._taken = self._validated = pulse.spent()
+        self._gradients = Waiting()
+        self._mark: Any = None
+        self._is_cuda = False
+        self._steps = self._watched = 0
+        self._waited = [0.0, 0.0]  # seen at the steps that were watched: for statistics, for gradients
+        self._step = 0
+        self._carried = Spent()  # of steps of an earlier start that no row covers yet
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        self.started = time.perf_counter()
-        self.restart(trainer.global_step)
-
-    def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        self.restart(trainer.global_step)
+        self._started, self._step = time.perf_counter(), trainer.global_step
+        self._taken = self._validated = self.pulse.spent()
+        self._is_cuda = pl_module.device.type == "cuda"
+        first = next((p for p in pl_module.parameters() if p.requires_grad), None)
+        if self._is_cuda and first is not None:  # the last to get its gradient, see Watchdog
+            first.register_post_accumulate_grad_hook(self._gradients_are_there)  # type: ignore[no-untyped-call]
 
     def on_train_batch_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self._waited += time.perf_counter() - self._batch_ended
+        # 66 exchanges a step: two events each would be felt at every step of a GPU, two looks at a clock are not.
+        STATISTICS.on = self._gradients.on = not self._is_cuda or (trainer.global_step + 1) % self.every_steps == 0
+
+    def on_before_optimizer_step(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, optimizer: Any
+    ) -> None:
+        self._gradients.end(self._mark)
+        self._mark = None
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._batch_ended = time.perf_counter()
+        if trainer.global_step > self._step:
+            self._step = trainer.global_step
+            self._steps += 1
+            self._watched += STATISTICS.on
+            STATISTICS.on = self._gradients.on = False
+
+    def _gradients_are_there(self, parameter: torch.Tensor) -> None:
+        if self._mark is None:
+            self._mark = self._gradients.begin(parameter.device)
 
     def elapsed(self) -> float:
         """Seconds since training started in this process."""
-        return time.perf_counter() - self.started
+        return time.perf_counter() - self._started
 
-    def interval(self, step: int) -> tuple[float, float]:
-        """(images/s over all ranks, share of the time waited for data) since the last call, which ends the interval."""
-        elapsed = max(time.perf_counter() - self._since, 1e-9)
-        result = (step - self._step) * self.global_batch_size / elapsed, self._waited / elapsed
-        self.restart(step)
-        return result
+    def interval(self, device: torch.device) -> Spent:
+        """What went by since the last call, which ends the interval. A collective, and a wait for the device."""
+        spent = self.open_interval(device)
+        self._taken = self.pulse.spent()
+        self._carried = Spent()
+        self._steps = self._watched = 0
+        self._waited = [0.0, 0.0]
+        return spent
+
+    def open_interval(self, device: torch.device) -> Spent:
+        """The same, with the interval left open. A collective, and a wait for the device."""
+        now = self.pulse.spent()
+        passed = {phase: now[phase] - self._taken[phase] for phase in now}
+        for i, waiting in enumerate((STATISTICS, self._gradients)):
+            self._waited[i] += waiting.taken()
+        statistics, gradients = (seconds * self._steps / max(self._watched, 1) for seconds in self._waited)
+        own = Spent(
+            step=sum(passed[phase] for phase in STEP),
+            statistics=statistics,
+            gradients=gradients if self._is_cuda else passed["gradients"],
+            data=passed["loading"],
+            checkpoint=passed["checkpoint"],
+        )
+        *sums, ranks = sum_over_ranks([*astuple(own), 1.0], device)
+        return self._carried + Spent(*(seconds / ranks for seconds in sums))
+
+    def validation(self) -> float:
+        """Seconds in validation and in the estimate of statistics before it, since the last call; of this rank."""
+        now, before = self.pulse.spent(), self._validated
+        self._validated = now
+        return sum(now[phase] - before[phase] for phase in VALIDATION)
+
+    def load(self, carried: Spent) -> None:
+        """Go on from an interval that was open when a checkpoint was written."""
+        self._carried = carried

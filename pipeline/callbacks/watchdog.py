@@ -80,14 +80,16 @@ class Watchdog(lightning.Callback):
     # --- the training, seen from its hooks ---
 
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
-        if stage != "fit" or not self.hang_seconds or self._thread is not None:
+        if stage != "fit" or self._thread is not None:
+            return
+        first = next((p for p in pl_module.parameters() if p.requires_grad), None)
+        if first is not None:  # the last to get its gradient: from there on a rank waits for the others
+            first.register_post_accumulate_grad_hook(self._gradients_are_there)  # type: ignore[no-untyped-call]
+        if not self.hang_seconds:
             return
         if self.world > 1:
             self._store = dist.distributed_c10d._get_default_store().clone()  # a connection of its own
             self._store.set_timeout(timedelta(seconds=5))
-        first = next((p for p in pl_module.parameters() if p.requires_grad), None)
-        if first is not None:  # the last to get its gradient: from there on a rank waits for the others
-            first.register_post_accumulate_grad_hook(self._gradients_are_there)  # type: ignore[no-untyped-call]
         self.logs.mkdir(parents=True, exist_ok=True)
         self._log = (self.logs / f"rank-{self.rank}.log").open("a")
         self._fatal = not faulthandler.is_enabled()

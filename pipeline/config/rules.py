@@ -106,8 +106,8 @@ _LEAST = {
     "trainer.checkpoint_every_steps": 0, "trainer.checkpoint_every_minutes": 0, "trainer.keep_checkpoints": 1,
     "run.stalled_starts": 0, "cluster.nodes": 1, "cluster.devices": 1, "cluster.lead_seconds": 1,
     "cluster.hang_seconds": 0, "trainer.spike_factor": 0,
-    "cluster.workers": -1, "tracking.every_steps": 1, "slurm.minutes": 0, "slurm.lead_minutes": 0,
-    "slurm.cpus_per_task": 0, "slurm.gpus_per_node": -1, "slurm.restarts": 0,
+    "cluster.workers": -1, "tracking.every_steps": 1, "tracking.norms_every_steps": 0, "slurm.minutes": 0,
+    "slurm.lead_minutes": 0, "slurm.cpus_per_task": 0, "slurm.gpus_per_node": -1, "slurm.restarts": 0,
 }  # fmt: skip
 _POSITIVE = (
     "model.width", "model.initial_gain", "norm.eps", "optimizer.rate", "schedule.decay_factor",

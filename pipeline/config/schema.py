@@ -192,6 +192,7 @@ class TrackingConfig:
     group: str | None = None
     tags: list[str] = field(default_factory=list)
     every_steps: int = 10  # optimizer steps between rows
+    norms_every_steps: int = 100  # optimizer steps between looks at every norm (norms.csv); 0 = never
 
 
 @dataclass(frozen=True, kw_only=True)

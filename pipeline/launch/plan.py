@@ -166,6 +166,13 @@ def note_start(directory: Path, **facts: str) -> list[str]:
     return [f"{name} {value}, before {last[name]}" for name, value in facts.items() if last.get(name, value) != value]
 
 
+def add_to_start(directory: Path, **facts: object) -> None:
+    """Note more about the last start."""
+    record = read_record(directory)
+    record.starts[-1].update(facts)
+    _write_record(directory, record)
+
+
 def newest_step(directory: Path) -> int:
     """The step of the newest checkpoint, by its name; 0 for none."""
     steps = [path.stem.partition("-")[2] for path in (directory / "checkpoints").glob("step-*.ckpt")]

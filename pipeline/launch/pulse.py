@@ -39,6 +39,7 @@ class Pulse:
         self.place = Place()
         self.longest = dict.fromkeys(PHASES, 0.0)  # seconds between two moves, by the phase they were spent in
         self.seen = dict.fromkeys(PHASES, 0)
+        self._spent = dict.fromkeys(PHASES, 0.0)
         self._moved_at = time.monotonic()
         if path is None:
             self._memory = mmap.mmap(-1, _FORM.size)
@@ -51,6 +52,7 @@ class Pulse:
         """The training goes on to this phase; what is not given stays."""
         old, now = self.place, time.monotonic()
         self.longest[old.phase] = max(self.longest[old.phase], now - self._moved_at)
+        self._spent[old.phase] += now - self._moved_at
         self.seen[old.phase] += 1
         self._moved_at = now
         self.place = Place(
@@ -58,6 +60,12 @@ class Pulse:
             old.number if number is None else number,
         )  # fmt: skip
         _FORM.pack_into(self._memory, 0, self.place.moves, PHASES.index(phase), *self.place[2:])
+
+    def spent(self) -> dict[str, float]:
+        """Seconds in each phase up to now, the one that lasts included."""
+        spent = dict(self._spent)
+        spent[self.place.phase] += time.monotonic() - self._moved_at
+        return spent
 
 
 def read_place(path: Path) -> Place | None:

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipeline.norm.moments import packet_of, sums_of
+from pipeline.norm.waiting import STATISTICS
 
 GroupSize = int | str  # a number of ranks, or "node"
 
@@ -104,9 +105,11 @@ class StatisticsGroup:
 
 def _arrived(result: Tensor, works: Sequence[dist.Work | None], sent: Tensor) -> Tensor:
     """result, when all works are done. sent: kept until then."""
+    mark = STATISTICS.begin(result.device)
     for work in works:
         if work is not None:
             work.wait()
+    STATISTICS.end(mark)
     return result
 
 

@@ -73,7 +73,7 @@ def _train(run: Assembly, console: Console, watchers: Sequence[lightning.Callbac
         for reporter in reporters:
             reporter.close()
     if run.world.leads:
-        summarize(run, trainer.global_step, console)
+        summarize(run, trainer.global_step, watch.throughput.elapsed(), console)
     return run.classifier.scores
 
 

@@ -15,7 +15,6 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 
 from pipeline import models
-from pipeline.callbacks.throughput import Throughput
 from pipeline.config import Config, ConfigError, identity
 from pipeline.data.augment import Augmentation, CentreCrop, Preparation
 from pipeline.data.batch import micro_batches
@@ -48,7 +47,6 @@ class Assembly:
     world: World
     data: ImageData
     classifier: Classifier
-    throughput: Throughput
     checkpoints: Checkpoints
 
     @property
@@ -84,7 +82,7 @@ def assemble(config: Config, world: World) -> Assembly:
     )
     if config.trainer.precision == "64":
         classifier.double()  # before a checkpoint is loaded: Lightning would copy its float64 into float32 first
-    return Assembly(config, world, data, classifier, Throughput(config.data.global_batch_size), checkpoints)
+    return Assembly(config, world, data, classifier, checkpoints)
 
 
 def build_data(config: Config, world: World) -> ImageData:

@@ -57,9 +57,9 @@ def _mixing(order: Order, label_S: NDArray[np.int32], batch_size: int) -> str:
     return f"{said}; WARNING: batches are less mixed than random ones: raise data.window, or set it to 0"
 
 
-def summarize(run: Assembly, steps: int, console: Console) -> None:
+def summarize(run: Assembly, steps: int, elapsed: float, console: Console) -> None:
+    """elapsed: seconds since training began in this start."""
     config, scores = run.config, run.classifier.scores
-    elapsed = run.throughput.elapsed()
     facts = {"steps": f"{steps:,}", "time": f"{elapsed / 60:.1f} min"}
     if scores is not None:
         facts |= {"validation top-1": f"{scores.top1:.2%}", "validation top-5": f"{scores.top5:.2%}",

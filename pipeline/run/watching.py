@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import signal
 import socket
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
 
@@ -19,17 +21,21 @@ from pipeline.callbacks.gradient_layout import GradientLayout
 from pipeline.callbacks.journal import Journal
 from pipeline.callbacks.ledger import Ledger
 from pipeline.callbacks.losses import Losses
+from pipeline.callbacks.norms import Norms
 from pipeline.callbacks.population import Population
 from pipeline.callbacks.preemption import Preemption, SameStart
 from pipeline.callbacks.progress import ProgressReport
 from pipeline.callbacks.sweep import Heartbeat
-from pipeline.callbacks.tracking import Reporter, Tracking
+from pipeline.callbacks.throughput import Throughput
+from pipeline.callbacks.tracking import Circumstance, Reporter, Tracking
 from pipeline.callbacks.wandb_reporter import TrackingError, WandbPlace, WandbReporter
 from pipeline.callbacks.watchdog import Watchdog
-from pipeline.config import ConfigError
-from pipeline.launch.plan import STOPPED, read_record
+from pipeline.config import Config, ConfigError
+from pipeline.launch.plan import STOPPED, add_to_start, read_record
 from pipeline.launch.pulse import Pulse, pulse_path
-from pipeline.run.assembly import Assembly
+from pipeline.norm import revert
+from pipeline.run.assembly import Assembly, device_name
+from pipeline.training.operations import operations_per_image, peak_operations
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,20 +43,23 @@ class Watch:
     """All callbacks of a training in the order in which Lightning calls them, and those that `train` asks."""
 
     callbacks: list[lightning.Callback]
+    throughput: Throughput
     tracking: Tracking
     watchdog: Watchdog
 
 
 def build_watch(run: Assembly, reporters: Sequence[Reporter], console: Console) -> Watch:
     config, world = run.config, run.world
+    watchdog, losses = build_watchdog(run, console), build_losses(run)
+    throughput = Throughput(watchdog.pulse, every_steps=config.tracking.every_steps)
     tracking = Tracking(
-        run.throughput,
+        throughput,
         every_steps=config.tracking.every_steps,
         global_batch_size=config.data.global_batch_size,
         images=run.classifier.schedule.images,
+        circumstance=circumstance(run),
         reporters=reporters,
     )
-    watchdog, losses = build_watchdog(run, console), build_losses(run)
 
     def before_a_save(trainer: lightning.Trainer) -> None:
         watchdog.pulse.move("checkpoint")
@@ -73,14 +82,49 @@ def build_watch(run: Assembly, reporters: Sequence[Reporter], console: Console) 
         is_done=lambda trainer: tracking.validated_step == trainer.global_step,
         on_interruption=partial(_tell_of_interruption, reporters, config.directory),
     )
-    same_start = SameStart(losses.agreement, timedelta(minutes=config.cluster.timeout_minutes))
+    same_start = SameStart(
+        losses.agreement,
+        timedelta(minutes=config.cluster.timeout_minutes),
+        machine=machine(config),
+        tell=partial(_note_machines, config.directory) if world.leads else lambda machines: None,
+    )
     layout = GradientLayout(config.data.image_size)
-    callbacks: list[lightning.Callback] = [same_start, layout, run.throughput, population, tracking]
+    callbacks: list[lightning.Callback] = [same_start, layout, throughput, population, tracking]
     callbacks += [reporter for reporter in reporters if isinstance(reporter, ProgressReport)]
+    if world.leads and config.tracking.norms_every_steps:
+        callbacks.append(Norms(config.directory / "norms.csv", every_steps=config.tracking.norms_every_steps))
     if config.ledger:
         callbacks.append(Ledger(config.directory / "ledger", rank=world.rank, keys=run.data.keys))
     callbacks += [bad_samples, losses, run.checkpoints, preemption, watchdog]
-    return Watch(callbacks, tracking, watchdog)
+    return Watch(callbacks, throughput, tracking, watchdog)
+
+
+def circumstance(run: Assembly) -> Circumstance:
+    """Where this start happens, for the rank that reports."""
+    config = run.config
+    if not run.world.leads:  # nor may it read run.json: the leading one may not have noted this start yet
+        return Circumstance()
+    began = str(read_record(config.directory).starts[0]["at"])
+    peak = peak_operations(device_name(config), config.trainer.precision)
+    model = revert(copy.deepcopy(run.classifier.model)) if peak else None
+    return Circumstance(
+        ranks=run.world.size,
+        nodes=config.cluster.nodes,
+        began=datetime.fromisoformat(began).timestamp(),
+        operations=operations_per_image(model, config.data.image_size) if model else 0,
+        peak=peak,
+    )
+
+
+def machine(config: Config) -> str:
+    """What this process runs on: host, device, cores, memory."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+    return f"{socket.gethostname()}: {device_name(config)}, {os.cpu_count()} cores, {memory:.0f} GB"
+
+
+def _note_machines(directory: Path, machines: list[str]) -> None:
+    """In run.json: each machine of this start, with how many ranks it has."""
+    add_to_start(directory, machines=[{"machine": name, "ranks": n} for name, n in Counter(machines).items()])
 
 
 def build_watchdog(run: Assembly, console: Console) -> Watchdog:
@@ -119,7 +163,10 @@ def build_reporters(run: Assembly, start: Path | None, console: Console) -> list
     config = run.config
     step = int(start.stem.partition("-")[2]) if start else 0
     path = config.directory / "metrics.csv"
-    reporters: list[Reporter] = [ProgressReport(console, steps=run.steps), Journal(path, from_step=step)]
+    journal = Journal(path, from_step=step)
+    if journal.undone is not None:  # of a start that went further than its last checkpoint
+        add_to_start(config.directory, undone={"step": journal.undone.step, "at": journal.undone.at})
+    reporters: list[Reporter] = [ProgressReport(console, steps=run.steps), journal]
     if config.tracking.mode != "disabled":
         record = read_record(config.directory)
         place = WandbPlace(

@@ -38,3 +38,37 @@ def test_a_line_that_a_crash_cut_short_is_left_out(tmp_path):
     assert [r.step for r in read_journal(path)] == [1]
     Journal(path, from_step=9).close()
     assert [r.step for r in read_journal(path)] == [1]
+
+
+def test_a_journal_of_an_older_version_goes_on_with_the_columns_of_today(tmp_path):
+    path = tmp_path / "metrics.csv"
+    path.write_text("step,epoch,split,loss,top1,top5,images,rate\n1,0.5,train,0.25,0.5,1.0,24,0.1\n")
+    (old,) = read_journal(path)
+    assert (old.step, old.rate, old.span, old.at) == (1, 0.1, None, None)
+    journal = Journal(path, from_step=1)
+    journal.append(row(2, span=3.0))
+    journal.close()
+    assert [r.span for r in read_journal(path)] == [None, 3.0]
+
+
+def test_a_line_without_its_end_is_no_row_even_where_nothing_but_its_last_digits_are_missing(tmp_path):
+    path = tmp_path / "metrics.csv"
+    journal = Journal(path, from_step=0)
+    journal.append(row(1, nodes=12))
+    journal.close()
+    path.write_text(path.read_text().rstrip()[:-1])
+    assert read_journal(path) == []
+
+
+def test_what_going_on_undoes_is_known(tmp_path):
+    path = tmp_path / "metrics.csv"
+    journal = Journal(path, from_step=0)
+    for step in range(1, 6):
+        journal.append(row(step, at=100.0 + step))
+    journal.close()
+    later = Journal(path, from_step=3)
+    assert (later.undone.step, later.undone.at) == (5, 105.0)
+    later.close()
+    again = Journal(path, from_step=3)
+    assert again.undone is None
+    again.close()

@@ -1,0 +1,69 @@
+"""Every metric of a run by name: the columns of metrics.csv, and what Weights & Biases gets of them.
+
+docs/metrics.md is the same list for readers. A name, once here, stays: dashboards and scripts rely on it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+BOTH, TRAIN, VAL = "train, val", "train", "val"
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """unit: "" for a count or a number without one. rows: those that have it."""
+
+    name: str
+    unit: str
+    rows: str
+    meaning: str
+
+
+# What a row belongs to. W&B's charts are over `step`, whatever its own _step.
+AXES = (
+    Metric("step", "optimizer steps", BOTH, "taken so far, over all starts"),
+    Metric("epoch", "epochs", BOTH, "with its fraction: step x global batch / training images"),
+    Metric("samples", "images", BOTH, "that the steps so far took, over all starts; a later epoch's count again"),
+)
+SCORES = (
+    Metric("loss", "nats", BOTH, "mean over the row's images; of training with label smoothing and auxiliary head"),
+    Metric("top1", "fraction", BOTH, "of the row's images"),
+    Metric("top5", "fraction", BOTH, "of the row's images"),
+)
+SPEED = (
+    Metric("rate", "", TRAIN, "learning rate of the last step"),
+    Metric("images_per_s", "images/s", TRAIN, "over all ranks: the row's images / span"),
+    Metric("data_wait", "fraction of span", TRAIN, "waiting for a batch; mean over ranks"),
+    Metric("statistics_wait", "fraction of span", TRAIN,
+           "standing in collectives of batch statistics, for slower ranks too; mean over ranks"),
+    Metric("gradient_wait", "fraction of span", TRAIN,
+           "after the last gradient of a rank's own, until those of all are there; mean over ranks"),
+    Metric("checkpoint_wait", "fraction of span", TRAIN,
+           "looking at the weights and copying them; the thread that writes is beside the training"),
+    Metric("span", "s", BOTH, "of a training row: in training since the last one, validations left out, in earlier "
+           "starts too. Of a validation: itself, and the estimate of statistics before it"),
+    Metric("mfu", "fraction", TRAIN, "operations of convolutions and matrix products / the most that devices can do; "
+           "none on a CPU and on devices without a known peak"),
+    Metric("memory_gb", "1e9 bytes", BOTH, "of rank 0, the most so far: allocated on the GPU, or resident on a CPU"),
+    Metric("goodput", "fraction", BOTH, "seconds in steps that count / seconds since the run first began, whatever "
+           "lies between its starts included"),
+    Metric("ranks", "", BOTH, "of this start"),
+    Metric("nodes", "", BOTH, "of this start"),
+)  # fmt: skip
+ONLY_IN_CSV = (
+    Metric("split", "", BOTH, "train or val"),
+    Metric("images", "images", BOTH, "behind the row's scores: trained on since the last row, or validated"),
+    Metric("seconds", "s", BOTH, "since training began in this start"),
+    Metric("at", "s", BOTH, "since 1970-01-01 UTC, when the row was written"),
+)
+ONLY_IN_WANDB = (
+    Metric("images_per_s_node", "images/s", TRAIN, "images_per_s / nodes: what a node does in the mean"),
+    Metric("images_per_s_rank", "images/s", TRAIN, "images_per_s / ranks: what a rank does in the mean"),
+)
+METRICS = (*AXES, *SCORES, *SPEED, *ONLY_IN_CSV, *ONLY_IN_WANDB)
+
+
+def wandb_name(metric: Metric, split: str) -> str:
+    """An axis by its own name, everything else behind train/ or val/."""
+    return metric.name if metric in AXES else f"{split}/{metric.name}"
