@@ -15,6 +15,7 @@ FLOORS = {
     "cli": 6,
     "benchmarks": 5, "doctor": 5,  # which asks of a run what `run` would make of it
     "run": 4, "experiments": 4,
+    "report": 4,  # reads the files of a run as the callbacks and the launcher write them; needs no torch
     "callbacks": 3,
     "training": 2, "data": 2, "export": 2, "launch": 2,
     "evaluation": 1, "world": 1, "norm": 1, "models": 1, "config": 1, "scaling": 1,

@@ -17,7 +17,7 @@ def code_of(error: Exception) -> int | None:
         return FAILED
     if "FailedRunError" in names:
         return int(error.code)  # type: ignore[attr-defined]
-    return USAGE if "ConfigError" in names else BAD_DATA if "DataError" in names else None
+    return USAGE if names & {"ConfigError", "NotARunError"} else BAD_DATA if "DataError" in names else None
 
 
 def line_of(error: Exception) -> str:

@@ -50,3 +50,10 @@ def gigabytes(text: str) -> float:
     if not 0 <= number < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is no size; 0 = no limit")
     return number
+
+
+def fraction(text: str) -> float:
+    number = float(text)
+    if not 0 <= number <= 1:
+        raise argparse.ArgumentTypeError(f"{text} must lie between 0 and 1")
+    return number
