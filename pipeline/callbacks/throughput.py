@@ -91,6 +91,11 @@ class Throughput(lightning.Callback):
             self._watched += STATISTICS.on
             STATISTICS.on = self._gradients.on = False
 
+    def on_exception(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
+    ) -> None:
+        STATISTICS.on = False  # in the middle of a step: whoever trains next in this process starts afresh
+
     def _gradients_are_there(self, parameter: torch.Tensor) -> None:
         if self._mark is None:
             self._mark = self._gradients.begin(parameter.device)
