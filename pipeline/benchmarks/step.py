@@ -21,13 +21,18 @@ import torch
 from rich.table import Table
 
 from pipeline.benchmarks.ranks import RESUMABLE, copied, started
+from pipeline.callbacks.norms import Norms
 from pipeline.callbacks.preemption import InterruptedRunError, Preemption
+from pipeline.callbacks.throughput import Throughput
 from pipeline.callbacks.tracking import Tracking
 from pipeline.training.checkpoint import Checkpoints
 
-CHECKPOINTS, AGREEMENT, TRACKING, DETERMINISTIC = FEATURES = ("checkpoints", "agreement", "tracking", "deterministic")
+CHECKPOINTS, AGREEMENT, TRACKING, CLOCKS, NORMS, DETERMINISTIC = FEATURES = (
+    "checkpoints", "agreement", "tracking", "clocks", "norms", "deterministic",
+)  # fmt: skip
 _WARM_STEPS = 10
 _BLOCKS_OF_A_START = 3
+_NORMS_EVERY = 5  # steps, where looking at the norms is measured; otherwise they are not looked at
 _QUIET = ("trainer.checkpoint_every_steps=0", "trainer.checkpoint_every_minutes=0", "trainer.validate_every_epochs=0",
           "trainer.max_steps=-1", "trainer.max_epochs=100000", "ledger=false")  # fmt: skip
 
@@ -123,7 +128,10 @@ def _blocks(
     """Seconds of so many blocks, as rank 0 sees them."""
     copied(frozen, directory)
     result = directory / "blocks.json"
-    ranks = started(directory, world, [*_QUIET, *overrides], partial(_watchers, str(result), feature, steps, count))
+    looks = f"tracking.norms_every_steps={_NORMS_EVERY if feature == NORMS else 0}"
+    ranks = started(
+        directory, world, [*_QUIET, looks, *overrides], partial(_watchers, str(result), feature, steps, count)
+    )
     for rank in ranks:
         rank.join()
     if any(rank.exitcode != RESUMABLE for rank in ranks):
@@ -180,15 +188,28 @@ class Alternation(lightning.Callback):
         """Set the state of the feature; a checkpoint is written at the beginning of its block."""
         if self.feature == CHECKPOINTS and on:
             _of(trainer, Checkpoints).save(trainer)
-        if self.feature in (AGREEMENT, TRACKING):
-            callback = _of(trainer, Preemption if self.feature == AGREEMENT else Tracking)
-            callback.__dict__.pop("on_train_batch_end", None)
-            if not on:
-                callback.on_train_batch_end = _nothing
+        for kind in _WATCHERS.get(self.feature, ()):
+            for callback in trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, kind):  # of the leading rank alone, some of them
+                    _set_hooks(callback, on=on)
 
 
 def _of(trainer: lightning.Trainer, kind: type[Any]) -> Any:
     return next(callback for callback in trainer.callbacks if isinstance(callback, kind))  # type: ignore[attr-defined]
+
+
+_HOOKS = ("on_train_batch_start", "on_train_batch_end")
+_WATCHERS: dict[str, tuple[type[lightning.Callback], ...]] = {
+    AGREEMENT: (Preemption,), TRACKING: (Tracking,), CLOCKS: (Throughput,), NORMS: (Norms,),
+}  # fmt: skip
+
+
+def _set_hooks(callback: lightning.Callback, *, on: bool) -> None:
+    """Let a callback see the steps, or not."""
+    for name in _HOOKS:
+        callback.__dict__.pop(name, None)
+        if not on:
+            setattr(callback, name, _nothing)
 
 
 def _nothing(*_: object, **__: object) -> None:
