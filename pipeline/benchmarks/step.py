@@ -73,11 +73,13 @@ def costs(
     worlds: Sequence[int],
     steps: int,
     pairs: int,
+    cpu_time: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Cost]:
     """Measure each feature on each number of ranks. frozen: a run's directory, of which config.yaml is taken.
 
-    work: where the copies run. steps: of a block. Raises RuntimeError where the run does not train.
+    work: where the copies run. steps: of a block. cpu_time: of rank 0 instead of the clock's, which other work on the
+    machine disturbs; waiting does not count. Raises RuntimeError where the run does not train.
     """
     found: list[Cost] = []
     for world in worlds:
@@ -87,11 +89,11 @@ def costs(
                 words = ("trainer.deterministic=false", "trainer.deterministic=true")
                 starts = [words[number % 4 in (1, 2)] for number in range(2 * max(pairs // _BLOCKS_OF_A_START, 3))]
                 measured = _pairs([
-                    statistics.median(_blocks(frozen, directory, world, "", steps, _BLOCKS_OF_A_START, word))
+                    statistics.median(_blocks(frozen, directory, world, "", steps, _BLOCKS_OF_A_START, cpu_time, word))
                     for word in starts
                 ])  # fmt: skip
             else:
-                blocks = _blocks(frozen, directory, world, feature, steps, 2 * pairs)
+                blocks = _blocks(frozen, directory, world, feature, steps, 2 * pairs, cpu_time)
                 measured = _pairs(blocks)
             found.append(Cost(feature, world, steps, measured))
             progress(len(found), len(features) * len(worlds))
@@ -123,14 +125,14 @@ def report(found: Sequence[Cost]) -> Table:
 
 
 def _blocks(
-    frozen: Path, directory: Path, world: int, feature: str, steps: int, count: int, *overrides: str
+    frozen: Path, directory: Path, world: int, feature: str, steps: int, count: int, cpu_time: bool, *overrides: str
 ) -> list[float]:
     """Seconds of so many blocks, as rank 0 sees them."""
     copied(frozen, directory)
     result = directory / "blocks.json"
     looks = f"tracking.norms_every_steps={_NORMS_EVERY if feature == NORMS else 0}"
     ranks = started(
-        directory, world, [*_QUIET, looks, *overrides], partial(_watchers, str(result), feature, steps, count)
+        directory, world, [*_QUIET, looks, *overrides], partial(_watchers, str(result), feature, steps, count, cpu_time)
     )
     for rank in ranks:
         rank.join()
@@ -140,15 +142,15 @@ def _blocks(
     return blocks
 
 
-def _watchers(result: str, feature: str, steps: int, count: int) -> Sequence[lightning.Callback]:
-    return [Alternation(Path(result), feature, steps, count)]
+def _watchers(result: str, feature: str, steps: int, count: int, cpu_time: bool) -> Sequence[lightning.Callback]:
+    return [Alternation(Path(result), feature, steps, count, time.process_time if cpu_time else time.perf_counter)]
 
 
 class Alternation(lightning.Callback):
     """Times blocks of steps, a feature off, on, on, off and so forth; then ends the run."""
 
-    def __init__(self, result: Path, feature: str, steps: int, count: int):
-        self.result, self.feature, self.steps, self.count = result, feature, steps, count
+    def __init__(self, result: Path, feature: str, steps: int, count: int, clock: Callable[[], float]):
+        self.result, self.feature, self.steps, self.count, self.clock = result, feature, steps, count, clock
         self.seconds: list[float] = []
         self._step, self._left, self._began = 0, _WARM_STEPS, math.nan
 
@@ -167,7 +169,7 @@ class Alternation(lightning.Callback):
             return
         if pl_module.device.type == "cuda":
             torch.cuda.synchronize(pl_module.device)
-        now = time.perf_counter()
+        now = self.clock()
         if not math.isnan(self._began):
             self.seconds.append(now - self._began)
         if len(self.seconds) == self.count:
@@ -181,7 +183,7 @@ class Alternation(lightning.Callback):
             self._begin(trainer)  # anew: an epoch's end saves, and starts the loader again; short epochs cannot matter
 
     def _begin(self, trainer: lightning.Trainer) -> None:
-        self._left, self._began = self.steps, time.perf_counter()
+        self._left, self._began = self.steps, self.clock()
         self._switch(trainer, on=len(self.seconds) % 4 in (1, 2))
 
     def _switch(self, trainer: lightning.Trainer, *, on: bool) -> None:

@@ -97,8 +97,7 @@ class Throughput(lightning.Callback):
         STATISTICS.on = False  # in the middle of a step: whoever trains next in this process starts afresh
 
     def _gradients_are_there(self, parameter: torch.Tensor) -> None:
-        if self._mark is None:
-            self._mark = self._gradients.begin(parameter.device)
+        self._mark = self._gradients.begin(parameter.device)  # of the last micro-batch: those before it wait for nobody
 
     def elapsed(self) -> float:
         """Seconds since training started in this process."""

@@ -75,6 +75,8 @@ def _add_training(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     p.add_argument("--steps", type=count, default=20, metavar="N", help="a block (default: 20)")
     p.add_argument("--pairs", type=repeats, default=20, metavar="N", help="of blocks with and without (default: 20)")
     p.add_argument("--work", metavar="DIR", help="where the copies run (default: step-RUN beside it)")
+    p.add_argument("--cpu-time", action="store_true", help="count CPU seconds of rank 0 instead of the clock's: on a "
+                   "machine that does other work")  # fmt: skip
 
     p = add_verb(verbs, "chaos", chaos, "kill copies of a run at random moments and compare them with one left alone",
                  "pipeline bench chaos runs/small --kills 20 --processes 1 2 --variant norm.group_size=1")  # fmt: skip
@@ -216,7 +218,7 @@ def step(options: argparse.Namespace) -> int:
     with Progress("measuring", "features") as progress:
         found = table.costs(
             frozen, work, features=options.only or table.FEATURES, worlds=options.processes, steps=options.steps,
-            pairs=options.pairs, progress=progress,
+            pairs=options.pairs, cpu_time=options.cpu_time, progress=progress,
         )  # fmt: skip
     Console(width=None if sys.stdout.isatty() else 140).print(table.report(found))
     return DONE

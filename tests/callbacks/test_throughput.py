@@ -100,3 +100,15 @@ def test_waiting_counts_while_it_is_on_and_once():
 
 def test_stretches_of_time_add_up():
     assert (Spent(1, 0.25, 0.5, 2, 3) + Spent(1, 0, 0, 1, 0)).span == 8
+
+
+def test_gradients_are_waited_for_after_the_last_micro_batch_alone():
+    loop = Loop()
+    loop.throughput._gradients.on = True
+    parameter = torch.zeros(1)
+    loop.throughput._gradients_are_there(parameter)
+    time.sleep(0.2)  # the next micro-batch
+    loop.throughput._gradients_are_there(parameter)
+    time.sleep(0.02)
+    loop.throughput.on_before_optimizer_step(None, None, None)
+    assert 0.02 <= loop.throughput._gradients.taken() < 0.2
