@@ -150,7 +150,7 @@ def _curves(chart: Chart) -> Scene:
         if y_low <= y <= y_high:
             at = place(x_low, y)[1]
             scene.marks.append(Stroke([(left, at), (right, at)], -2, width=1.0, dashed=True))
-            scene.marks.append(Text((left + 5, at - 4), label))
+            scene.marks.append(_beside_rule(label, at, lines, place, (left, right, x_low, x_high)))
     for line in lines:
         if line.low is not None and line.high is not None:
             upper = [place(x, y) for x, y in zip(line.x, line.high, strict=True)]
@@ -164,6 +164,28 @@ def _curves(chart: Chart) -> Scene:
     if not lines:
         scene.marks.append(Text(((left + right) / 2, (top + bottom) / 2), "nothing recorded yet", "middle"))
     return scene
+
+
+def _beside_rule(
+    label: str, at: float, lines: Sequence[Line], place: Callable[[float, float], Point], axis: tuple[float, ...]
+) -> Text:
+    """The label of a rule where the fewest curves run through it: at an end or between, above or below."""
+    left, right, x_low, x_high = axis
+    width = 6.2 * len(label)
+
+    def crossed(text: Text) -> int:
+        first = text.at[0] - width * {"start": 0.0, "middle": 0.5, "end": 1.0}[text.anchor]
+        x = x_low + (np.linspace(first, first + width, 16) - left) / (right - left) * (x_high - x_low)
+        heights = [
+            place(a, b)[1]
+            for line in lines
+            for a, b in zip(x, np.interp(x, line.x, line.y, left=math.nan, right=math.nan), strict=True)
+            if math.isfinite(b)
+        ]
+        return sum(text.at[1] - TEXT <= height <= text.at[1] + 3 for height in heights)
+
+    places = [(left + 5, "start"), (right, "end"), *((left + (right - left) * f, "middle") for f in (0.35, 0.5, 0.65))]
+    return min((Text((x, y), label, anchor) for y in (at - 4, at + 13) for x, anchor in places), key=crossed)
 
 
 def _lanes(chart: Lanes) -> Scene:

@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from pipeline.report.chart import (
@@ -45,10 +45,12 @@ def test_a_short_line_is_drawn_point_by_point_and_gaps_are_left_out():
 
 @given(st.floats(-1e6, 1e6), st.floats(1e-6, 1e6))
 def test_ticks_are_few_round_and_around_what_they_measure(low, width):
+    assume(width > 1e-6 * abs(low))  # below that, neighbours are not told apart in what is printed
     found = ticks(low, low + width, 5)
     assert 2 <= len(found) <= 9
-    assert found[0] <= low + 1e-6 * abs(low) + 1e-9
-    assert found[-1] >= low + width - 1e-6 * abs(low + width) - 1e-9
+    unseen = 1e-6 * width
+    assert found[0] <= low + unseen
+    assert found[-1] >= low + width - unseen
     assert np.allclose(np.diff(found), found[1] - found[0], rtol=1e-3)
 
 
@@ -86,3 +88,11 @@ def test_lanes_are_as_long_as_their_bars():
 @pytest.mark.parametrize(("value", "text"), [(0, "0"), (0.25, "0.25"), (1500, "1.5k"), (1.2e6, "1.2M"), (3e9, "3G")])
 def test_numbers_are_short(value, text):
     assert compact(value) == text
+
+
+def test_the_label_of_a_rule_stands_where_no_curve_does():
+    falls, rises = line([0.9, 0.5, 0.1]), line([0.1, 0.5, 0.9])
+    for lines, anchor in (([falls], "end"), ([rises], "start")):
+        scene = drawn(Chart("k", "t", "x", lines, percent, low=0.0, high=1.0, rules=[(0.85, "target 85 %")]))
+        (label,) = [mark for mark in scene.marks if isinstance(mark, Text) and mark.text == "target 85 %"]
+        assert label.anchor == anchor
