@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TextIO
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,21 +53,20 @@ class Journal:
             writer.writerows(_text(row) for row in kept)
         temporary.replace(path)
         self._seen = {(row.step, row.split) for row in kept}
-        self._file: TextIO = path.open("a", newline="")
-        self._writer = csv.DictWriter(self._file, COLUMNS)
+        self._path = path
 
     def append(self, row: Row) -> None:
         if (row.step, row.split) in self._seen:  # a finished run that is started again repeats its last validation
             return
-        self._writer.writerow(_text(row))
-        self._file.flush()
+        # Closed after each: a file server or a mounted bucket gets what is closed, and a kill would leave it nothing.
+        with self._path.open("a", newline="") as file:
+            csv.DictWriter(file, COLUMNS).writerow(_text(row))
 
     def interrupted(self) -> None:
         """Every row is written as it comes."""
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):  # a full disk: `append` has said so
-            self._file.close()
+        """Every row is closed as it comes."""
 
 
 def read_journal(path: Path) -> list[Row]:

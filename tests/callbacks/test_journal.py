@@ -1,3 +1,6 @@
+import os
+from pathlib import Path
+
 from pipeline.callbacks.journal import COLUMNS, Journal, Row, read_journal
 
 
@@ -72,3 +75,11 @@ def test_what_going_on_undoes_is_known(tmp_path):
     again = Journal(path, from_step=3)
     assert again.undone is None
     again.close()
+
+
+def test_no_row_waits_for_the_end_of_the_run_to_be_closed(tmp_path):
+    """A mounted bucket sends what is closed; a machine that is taken away closes nothing."""
+    journal = Journal(tmp_path / "metrics.csv", from_step=0)
+    journal.append(row(1))
+    held = {os.path.realpath(path) for path in Path("/proc/self/fd").iterdir()}
+    assert str(tmp_path / "metrics.csv") not in held
