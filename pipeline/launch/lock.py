@@ -71,12 +71,23 @@ def _taken(path: Path) -> bool:
     mine = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}")
     mine.write_text(json.dumps(asdict(this_process())))
     try:
-        os.link(mine, path)
+        _link(mine, path)
     except FileExistsError:
         return False
     finally:
         mine.unlink()
     return True
+
+
+def _link(file: Path, path: Path) -> None:
+    """A second name for a file. Raises FileExistsError where there is one."""
+    try:
+        os.link(file, path)
+    except FileExistsError:
+        raise
+    except OSError:  # a mounted bucket has no links, each kind of it with an error of its own
+        with path.open("x") as lock:  # whole a moment later: who reads it before takes it for one of another machine
+            lock.write(file.read_text())
 
 
 def _clear_if_stale(path: Path, say: Callable[[str], None]) -> None:
@@ -99,7 +110,7 @@ def _clear_if_stale(path: Path, say: Callable[[str], None]) -> None:
     except FileNotFoundError:
         return
     if _holder(aside) != holder:  # someone was faster and holds it now: give it back
-        os.link(aside, path)
+        _link(aside, path)
     aside.unlink()
 
 

@@ -96,3 +96,21 @@ def test_of_many_that_find_a_stale_lock_one_takes_it(tmp_path):
         for process in processes:
             process.kill()
             process.communicate()
+
+
+def test_a_mounted_bucket_which_has_no_links_is_locked_all_the_same(tmp_path, monkeypatch):
+    def link(source, target):
+        raise OSError(5, "Input/output error")  # what rclone says
+
+    monkeypatch.setattr(module.os, "link", link)
+    monkeypatch.setattr(module, "STALE_AFTER", 0.5)
+    monkeypatch.setattr(module, "TOUCHED_EVERY", 0.1)
+    with locked(tmp_path):
+        assert json.loads((tmp_path / LOCK).read_text())["process"] == os.getpid()
+        with pytest.raises(LockedError), locked(tmp_path):
+            pass
+    assert list(tmp_path.iterdir()) == []
+    stale = replace(this_process(), host="elsewhere")
+    (tmp_path / LOCK).write_text(json.dumps(asdict(stale)))
+    with locked(tmp_path):
+        assert module._holder(tmp_path / LOCK) == this_process()
