@@ -45,6 +45,8 @@ class World:
         return {name: str(number) for name, number in zip(_DEFAULTS, place, strict=True)}
 
 
+TARGET = "PIPELINE_TARGET"  # set by what `launch` renders: the cluster.launcher whose container or node this is
+NODE = "PIPELINE_NODE"  # set by what `launch` renders for several nodes: the number of this one, which starts its ranks
 SLURM = "PIPELINE_SLURM"  # set by our job script alone: srun or torchrun, which of them starts the ranks
 _DEFAULTS = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "GROUP_RANK": "0"}
 

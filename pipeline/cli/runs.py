@@ -48,7 +48,7 @@ def add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
 
 def train(options: argparse.Namespace) -> int:
     from pipeline.config import ConfigError, to_yaml
-    from pipeline.world import World
+    from pipeline.world import TARGET, World
 
     if World.is_launched():  # one process of several: the config is frozen
         return _train_launched(of_run(frozen(options.words)))
@@ -56,11 +56,12 @@ def train(options: argparse.Namespace) -> int:
     if options.print_config:
         print(to_yaml(config), end="")
         return DONE
-    if config.cluster.launcher == "slurm":
+    if config.cluster.launcher not in ("local", os.environ.get(TARGET)):
         raise ConfigError(
-            "cluster.launcher = slurm: submit it with `pipeline launch`, or train on this machine with "
-            "cluster.launcher=local cluster.nodes=1"
+            f"cluster.launcher = {config.cluster.launcher}: submit it with `pipeline launch`, or train on this machine "
+            "with cluster.launcher=local cluster.nodes=1"
         )
+    node = _node(config)
     from pipeline.data.shards import MANIFEST, write_atomically
     from pipeline.launch.failure import FailedRunError
     from pipeline.launch.lock import locked
@@ -69,6 +70,8 @@ def train(options: argparse.Namespace) -> int:
 
     config, dataset = settle(by_agent(config))
     config = named(config)
+    if node:
+        return _train_beside(config, dataset, node)
     with locked(config.directory):
         while True:
             config = open_run(config)
@@ -79,7 +82,7 @@ def train(options: argparse.Namespace) -> int:
                     return _noted(config, lambda: _train_here(config))  # noqa: B023  (called at once)
                 return _noted(config, lambda: _launch_here(config, words, dataset))  # noqa: B023
             except FailedRunError as failure:
-                if not failure.restart:
+                if not failure.restart or config.cluster.nodes > 1:  # several nodes start again together
                     raise _with_way_on(failure, config) from None
                 print(f"pipeline: {failure}", file=sys.stderr)
 
@@ -278,14 +281,49 @@ def agree(config: Config, world: World) -> None:
         )
 
 
+def _node(config: Config) -> int:
+    """Which of the run's nodes this is. Raises ConfigError where it is none of them, or nobody has said which."""
+    from pipeline.config import ConfigError
+    from pipeline.world import NODE
+
+    number, nodes = os.environ.get(NODE, ""), config.cluster.nodes
+    if nodes == 1 or not number:
+        return 0
+    if not number.isdecimal() or int(number) >= nodes:
+        raise ConfigError(f"{NODE} = {number} is none of cluster.nodes = {nodes}, which count from 0; start each once")
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        if not os.environ.get(name):
+            raise ConfigError(f"{name} is not set on node {number} of {nodes}; give that of the first node on all")
+    return int(number)
+
+
+def _train_beside(config: Config, dataset: Dataset, node: int) -> int:
+    """A node that does not lead. It has a copy of the config: what the leading one writes may be seen here late."""
+    import tempfile
+
+    from pipeline.config import to_yaml
+    from pipeline.launch.failure import FailedRunError
+    from pipeline.launch.plan import CONFIG, agreed
+
+    config = agreed(config)
+    with tempfile.TemporaryDirectory(prefix=f"pipeline-node-{node}-") as scratch:
+        path = Path(scratch) / CONFIG
+        path.write_text(to_yaml(config))
+        try:
+            return _launch_here(config, ["train", str(path)], dataset)
+        except FailedRunError as failure:
+            raise _with_way_on(failure, config) from None
+
+
 def _launch_here(config: Config, arguments: list[str], dataset: Dataset | None = None) -> int:
     from pipeline.config import ConfigError
     from pipeline.launch.local import run_processes
+    from pipeline.world import NODE
 
-    if config.cluster.nodes > 1:
+    if config.cluster.nodes > 1 and NODE not in os.environ:
         raise ConfigError(
-            f"cluster.nodes = {config.cluster.nodes}: one machine cannot start several; "
-            "start torchrun on every node with RUN/config.yaml, or set cluster.nodes=1"
+            f"cluster.nodes = {config.cluster.nodes}: one machine cannot start several; start RUN/config.yaml on every "
+            f"node with {NODE}, MASTER_ADDR and MASTER_PORT or with torchrun, or set cluster.nodes=1"
         )
     return run_processes(
         arguments,
@@ -293,6 +331,8 @@ def _launch_here(config: Config, arguments: list[str], dataset: Dataset | None =
         threads=config.trainer.threads,
         logs=config.directory / "logs",
         lead_seconds=config.cluster.lead_seconds,
+        node=_node(config),
+        nodes=config.cluster.nodes,
         name=lambda rank, epoch, number: _sample_names(config, dataset)(rank, epoch, number) if dataset else [],
     )
 

@@ -33,38 +33,44 @@ def run_processes(
     threads: int,
     logs: Path,
     lead_seconds: float = 120.0,
+    node: int = 0,
+    nodes: int = 1,
     name: NameSamples = lambda rank, epoch, number: [],
 ) -> int:
-    """Run `python -m pipeline ARGUMENTS` once a rank; returns the exit status of the run.
+    """Run `python -m pipeline ARGUMENTS` once a rank of this node; returns the exit status of the run.
 
-    Rank 0 keeps the terminal, the others write to logs/rank-<r>.log. SIGTERM, SIGINT and SIGUSR2 go
+    The node's first rank keeps the terminal, the others write to logs/rank-<r>.log. SIGTERM, SIGINT and SIGUSR2 go
     to all; after lead_seconds, or soon after a second SIGINT, they are killed. When one rank fails the
     others are ended, and its status is the run's; 75 of any rank means interrupted and resumable, if none
     failed otherwise.
 
+    node, nodes: of several, each of which does this, with MASTER_ADDR and MASTER_PORT of the first in its environment.
     name: keys of a rank's samples. Raises FailedRunError where a rank said why the run failed, or a signal ended one.
     """
     logs.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="pipeline-", ignore_cleanup_errors=True) as pulses:
-        ranks = _started(arguments, processes, threads, logs, Path(pulses))
-        return _Watch(ranks, logs, Path(pulses), name).wait(lead_seconds)
+        ranks = _started(arguments, processes, threads, logs, Path(pulses), node, nodes)
+        watch = _Watch(ranks, logs, Path(pulses), name, first=node * processes, world=nodes * processes)
+        return watch.wait(lead_seconds)
 
 
 def _started(
-    arguments: Sequence[str], processes: int, threads: int, logs: Path, pulses: Path
+    arguments: Sequence[str], processes: int, threads: int, logs: Path, pulses: Path, node: int, nodes: int
 ) -> list[subprocess.Popen[bytes]]:
     command = [sys.executable, "-m", "pipeline", *arguments]
+    rendezvous = {} if nodes > 1 else {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
     shared = {
-        **os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(processes),
-        "LOCAL_WORLD_SIZE": str(processes), "OMP_NUM_THREADS": str(threads), LAUNCHER: "local",
+        **os.environ, **rendezvous, "WORLD_SIZE": str(nodes * processes), "LOCAL_WORLD_SIZE": str(processes),
+        "GROUP_RANK": str(node), "OMP_NUM_THREADS": str(threads), LAUNCHER: "local",
         PULSES: str(pulses),
     }  # fmt: skip
     # Python's tracker frees what a killed rank and its workers shared, and would warn that it had to.
     shared["PYTHONWARNINGS"] = ",".join(filter(None, [shared.get("PYTHONWARNINGS"), "ignore:resource_tracker"]))
     ranks: list[subprocess.Popen[bytes]] = []
-    for rank in range(processes):
-        environment = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        output = None if rank == 0 else (logs / f"rank-{rank}.log").open("ab")
+    for local in range(processes):
+        rank = node * processes + local
+        environment = {**shared, "RANK": str(rank), "LOCAL_RANK": str(local)}
+        output = None if local == 0 else (logs / f"rank-{rank}.log").open("ab")
         # A session of its own, so that Ctrl-C reaches a rank once, through us; it still ends if we are killed.
         ranks.append(
             subprocess.Popen(
@@ -82,11 +88,13 @@ def _started(
 
 
 class _Watch:
-    """Waits for the ranks, and finds out which ended first and why."""
+    """Waits for the ranks, and finds out which ended first and why. first: the number of the first of them."""
 
-    def __init__(self, ranks: list[subprocess.Popen[bytes]], logs: Path, pulses: Path, name: NameSamples):
+    def __init__(self, ranks: list[subprocess.Popen[bytes]], logs: Path, pulses: Path, name: NameSamples, *,
+                 first: int, world: int):  # fmt: skip
         self.ranks, self.logs, self.pulses, self.name = ranks, logs, pulses, name
-        self.failed: int | None = None  # the first rank that did
+        self.first, self.world = first, world
+        self.failed: int | None = None  # the place among them of the first that did
         self.verdict: FailedRunError | None = None  # what a rank has said of the run's end
         self.verdict_came_first = False
         self._deadline, self._signalled, self._interrupted = float("inf"), False, False
@@ -135,20 +143,21 @@ class _Watch:
 
     def _status(self) -> int:
         """Of several failures, one that knew why: the others lose their connection to it and fail in turn."""
-        explained = [rank for rank, process in enumerate(self.ranks) if process.returncode in EXPLAINED]
+        explained = [place for place, process in enumerate(self.ranks) if process.returncode in EXPLAINED]
         failed = explained[0] if explained else self.failed
         code = 0 if failed is None else self.ranks[failed].returncode
         if self.verdict is not None and not explained and (self.verdict_came_first or code == self.verdict.code):
             raise self.verdict
         if failed is None:
             return RESUMABLE if any(process.returncode for process in self.ranks) else 0
-        place = read_place(self.pulses / f"rank-{failed}")
+        rank = self.first + failed
+        place = read_place(self.pulses / f"rank-{rank}")
         if code < 0:
-            raise death(failed, len(self.ranks), socket.gethostname(), code, place, self.name)
-        if failed:  # rank 0 has said on the terminal what went wrong
-            where = f" {where_in_run(place, self.name, failed)}" if place is not None else ""
-            log = self.logs / f"rank-{failed}.log"
-            print(f"rank {failed} ended first{where}; the end of {log}:", file=sys.stderr)
+            raise death(rank, self.world, socket.gethostname(), code, place, self.name)
+        if failed:  # the first has said on the terminal what went wrong
+            where = f" {where_in_run(place, self.name, rank)}" if place is not None else ""
+            log = self.logs / f"rank-{rank}.log"
+            print(f"rank {rank} ended first{where}; the end of {log}:", file=sys.stderr)
             print(_tail(log), file=sys.stderr)
         return max(code, 1)
 

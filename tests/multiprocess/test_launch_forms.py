@@ -39,6 +39,15 @@ def one_by_one(settings: Config) -> list[subprocess.Popen]:
     return [start([sys.executable, *PIPELINE], settings, **shared, **rank) for rank in ranks]
 
 
+def node_by_node(settings: Config) -> list[subprocess.Popen]:
+    """As a container or a rented machine does it: each node is told its number, and starts its own ranks."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+    return [start([sys.executable, *PIPELINE], settings, PIPELINE_NODE=str(node), **shared)
+            for node in range(settings.cluster.nodes)]  # fmt: skip
+
+
 def start(command: list[str], settings: Config, **environment: str) -> subprocess.Popen:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR", **environment}
     with (settings.directory / "output").open("a") as output:
@@ -65,12 +74,15 @@ def ended(processes: list[subprocess.Popen]) -> list[int]:
         pytest.param(torchrun, 2, signal.SIGINT, 1, marks=pytest.mark.slow),
         pytest.param(one_by_one, 2, signal.SIGTERM, 75, marks=pytest.mark.slow),
         (one_by_one, 2, signal.SIGUSR2, 75),
+        (node_by_node, 2, signal.SIGTERM, 75),
+        pytest.param(node_by_node, 2, signal.SIGINT, 75, marks=pytest.mark.slow),
     ],
 )
 def test_every_form_of_start_can_be_interrupted_and_goes_on(
     shards: Path, tmp_path: Path, begin: Callable[[Config], list[subprocess.Popen]], world: int, number: int, code: int
 ) -> None:
     words = ("trainer.max_epochs=24", "trainer.validate_every_epochs=0", "norm.precise_images=0")
+    words += (f"cluster.nodes={world}", "cluster.devices=1") if begin is node_by_node else ()
     settings = config(shards, tmp_path, "run", world, *words)
     processes = begin(settings)
     metrics, deadline = settings.directory / "metrics.csv", time.monotonic() + 90
