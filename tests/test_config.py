@@ -45,7 +45,8 @@ def test_every_file_of_the_axes_is_a_page_with_its_command():
 
 @pytest.mark.parametrize("cluster", CLUSTERS)
 def test_every_cluster_is_a_page_with_its_command_and_only_a_circumstance(cluster):
-    there = compose_config(["data=digits", f"cluster={cluster}", "slurm.partition=gpu"])
+    needed = ["slurm.partition=gpu", "skypilot.image=REGISTRY/pipeline:1", "skypilot.bucket=s3://ours/runs"]
+    there = compose_config(["data=digits", f"cluster={cluster}", *needed])
     assert identity(there) == identity(compose_config(["data=digits"]))
     page = (CONF / "cluster" / f"{cluster}.yaml").read_text()
     assert f"cluster={cluster} " in page or there.cluster.launcher == "local"

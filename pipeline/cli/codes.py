@@ -13,7 +13,7 @@ def code_of(error: Exception) -> int | None:
         return FAILED  # no space, no permission, no such place
     if "InterruptedRunError" in names:
         return FAILED  # of an evaluation: nothing is kept; `train` answers its own with 75
-    if names & {"LockedError", "CheckpointError", "SyncError", "QueueError", "SweepError"}:
+    if names & {"LockedError", "CheckpointError", "SyncError", "QueueError", "SweepError", "CommandError"}:
         return FAILED
     if "FailedRunError" in names:
         return int(error.code)  # type: ignore[attr-defined]

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     Say = Callable[[str], None]  # told what is being looked at
 
 
+NOT_SUBMITTED = "pipeline: not submitted; mend what is at fault, or submit it all the same with --force"
+
+
 def add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     p = add_verb(
         verbs, "doctor", doctor, "look for what would keep a run from working; starts nothing, leaves nothing behind",
@@ -59,7 +62,7 @@ def doctor(options: argparse.Namespace) -> int:
 
 
 def before_submission(config: Config, script: str, *, whole: bool) -> int:
-    """What the doctor says of a run and the script of its job, on stderr; returns the exit code, 0 for go.
+    """What the doctor says of a run and the script of its job or container, on stderr; returns the exit code, 0 for go.
 
     whole: the table, whatever is in it; else that of faults, or a line for each warning.
     """

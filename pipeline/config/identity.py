@@ -9,8 +9,9 @@ from pipeline.config.schema import Config, by_key
 
 # Where a run happens: may change when it is resumed. Everything else is what it is.
 CIRCUMSTANCE = (
-    "run.", "cluster.", "slurm.", "tracking.", "ledger", "data.root", "data.source", "data.micro_batch_size",
-    "data.train", "data.val", "data.cache", "data.stage", "data.bad_samples", "trainer.max_epochs", "trainer.max_steps",
+    "run.", "cluster.", "slurm.", "docker.", "skypilot.", "tracking.", "ledger", "data.root", "data.source",
+    "data.micro_batch_size", "data.train", "data.val", "data.cache", "data.stage", "data.bad_samples",
+    "trainer.max_epochs", "trainer.max_steps",
     "trainer.validate_every_epochs", "trainer.checkpoint_every_", "trainer.keep_checkpoints",
     # What to do with a batch that ruins the run is asked after it did: what was skipped is on record in the run.
     "trainer.on_nan", "trainer.spike_factor",

@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 
-from pipeline.config.schema import Config, ConfigError, by_key
+from pipeline.config.schema import Config, ConfigError, DockerConfig, SkyPilotConfig, SlurmConfig, by_key
 
 
 def checked(config: Config) -> Config:
@@ -23,7 +23,8 @@ def checked(config: Config) -> Config:
     _choice("data.decoder", c.data.decoder, ("", "regions", "whole"))
     _choice("trainer.on_nan", c.trainer.on_nan, ("stop", "skip"))
     _choice("cluster.accelerator", c.cluster.accelerator, ("auto", "cpu", "cuda"))
-    _choice("cluster.launcher", c.cluster.launcher, ("local", "slurm"))
+    _choice("cluster.launcher", c.cluster.launcher, ("local", "slurm", "docker", "skypilot"))
+    _choice("docker.engine", c.docker.engine, ("", "docker", "podman"))
     _choice("slurm.container", c.slurm.container, ("none", "apptainer", "pyxis"))
     _choice("slurm.launcher", c.slurm.launcher, ("srun", "torchrun"))
     _choice("slurm.resubmit", c.slurm.resubmit, ("requeue", "chain"))
@@ -60,17 +61,15 @@ def checked(config: Config) -> Config:
         raise ConfigError("trainer.max_epochs and trainer.max_steps are both -1, the run would not end; set one")
     if os.sep in c.run.id or c.run.id in (".", ".."):
         raise ConfigError(f"run.id = {c.run.id!r} is a path; give a name, and its place with run.dir")
-    if c.cluster.launcher == "slurm":
-        _check_slurm(c)
+    check = {"slurm": _check_slurm, "docker": _check_docker, "skypilot": _check_skypilot}.get(c.cluster.launcher)
+    if check is not None:
+        check(c)
     return config
 
 
 def _check_slurm(c: Config) -> None:
     slurm = c.slurm
-    for key, value in by_key(dataclasses.asdict(slurm), "slurm.").items():
-        for text in value if isinstance(value, list) else [value]:
-            if isinstance(text, str) and not text.isprintable():
-                raise ConfigError(f"{key} holds {text!r}: a line break or control character; give plain text")
+    _check_plain(slurm, "slurm.")
     if slurm.container != "none" and not slurm.image:
         raise ConfigError(f"slurm.container = {slurm.container} needs an image; set slurm.image")
     for key, names, shown in (("interface", _INTERFACES, "ip link"), ("infiniband", _ADAPTERS, "ibv_devices")):
@@ -80,12 +79,7 @@ def _check_slurm(c: Config) -> None:
     for option in slurm.options:
         if not option.startswith("--"):
             raise ConfigError(f"slurm.options holds {option!r}, which is no option of sbatch; write --name=value")
-    for mount in slurm.mounts:
-        parts = mount.split(":")
-        absolute = all(part.startswith("/") for part in parts[:2])
-        if "," in mount or not absolute or len(parts) > 3 or (len(parts) == 3 and parts[2] not in ("ro", "rw")):
-            raise ConfigError(f"slurm.mounts holds {mount!r}; write SOURCE, SOURCE:TARGET or SOURCE:TARGET:ro, as "
-                              "absolute paths without commas")  # fmt: skip
+    _check_mounts("slurm.mounts", slurm.mounts)
     if slurm.lead_minutes and slurm.minutes and slurm.lead_minutes >= slurm.minutes:
         raise ConfigError(f"slurm.lead_minutes = {slurm.lead_minutes} leaves nothing of slurm.minutes = "
                           f"{slurm.minutes}; lower it, or 0 for no signal")  # fmt: skip
@@ -95,6 +89,94 @@ def _check_slurm(c: Config) -> None:
                           )  # fmt: skip
 
 
+def _check_docker(c: Config) -> None:
+    docker = c.docker
+    _check_plain(docker, "docker.")
+    _check_image("docker.image", docker.image)
+    _check_mounts("docker.mounts", docker.mounts)
+    _check_names("docker.variables", docker.variables)
+    if not _USER.fullmatch(docker.user):
+        raise ConfigError(f"docker.user = {docker.user} is not read; write numbers, UID or UID:GID, or leave it out "
+                          "for who launches")  # fmt: skip
+    if not _SIZE.fullmatch(docker.shared_memory):
+        raise ConfigError(f"docker.shared_memory = {docker.shared_memory} is no size; write it as 8g or 512m, or host "
+                          "for that of the machine")  # fmt: skip
+    if not _GPUS.fullmatch(docker.gpus):
+        raise ConfigError(f"docker.gpus = {docker.gpus} is not read; write all, or numbers as 0,1")
+    if docker.gpus != "all" and len(set(docker.gpus.split(","))) < c.cluster.devices:
+        raise ConfigError(f"docker.gpus = {docker.gpus} are fewer than cluster.devices = {c.cluster.devices}; name one "
+                          "for each process")  # fmt: skip
+    if not _VOLUME.fullmatch(docker.scratch) and not docker.scratch.startswith("/"):
+        raise ConfigError(f"docker.scratch = {docker.scratch} is neither the name of a volume nor an absolute "
+                          "directory; write it as pipeline-scratch or /nvme/scratch")  # fmt: skip
+    for option in docker.options:
+        if not option.startswith("--"):
+            raise ConfigError(f"docker.options holds {option!r}, which is no option of docker run; write --name=value")
+        if option.partition("=")[0] in ("--env", "--env-file"):
+            raise ConfigError("docker.options holds an --env, which may be a secret; give the variable's name to "
+                              "docker.variables, or a file of them to docker.env_file")  # fmt: skip
+
+
+def _check_skypilot(c: Config) -> None:
+    sky = c.skypilot
+    _check_plain(sky, "skypilot.")
+    if not sky.image:
+        raise ConfigError("skypilot.image is not set, and the nodes must pull one; push the image to a registry, and "
+                          "give skypilot.image=REGISTRY/NAME:TAG")  # fmt: skip
+    _check_image("skypilot.image", sky.image)
+    _check_names("skypilot.secrets", sky.secrets)
+    if not _BUCKET.fullmatch(sky.bucket):
+        shown = sky.bucket if "@" not in sky.bucket else "a URL with credentials"
+        raise ConfigError(f"skypilot.bucket = {shown or repr('')} is no bucket, and a run must outlive its machines; "
+                          f"write it as s3://NAME/runs ({', '.join(_BUCKETS)})")  # fmt: skip
+    if c.cluster.accelerator != "cpu" and not _ACCELERATOR.fullmatch(sky.accelerator):
+        raise ConfigError(f"skypilot.accelerator = {sky.accelerator!r} is no name of one; write it as H100, and their "
+                          "number with cluster.devices")  # fmt: skip
+    for key, size in (("skypilot.cpus", sky.cpus), ("skypilot.memory", sky.memory)):
+        if not _AT_LEAST.fullmatch(size):
+            raise ConfigError(f"{key} = {size} is not read; write a number, as 96, or 96+ for at least as much")
+    if "://" not in c.data.root and c.data.source != "digits":
+        raise ConfigError(f"data.root = {c.data.root} is a directory of this machine, which rented nodes do not see; "
+                          "copy it to a bucket, and give its s3://, gs:// or https:// URL")  # fmt: skip
+
+
+def _check_plain(section: SlurmConfig | DockerConfig | SkyPilotConfig, prefix: str) -> None:
+    for key, value in by_key(dataclasses.asdict(section), prefix).items():
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and not text.isprintable():
+                raise ConfigError(f"{key} holds {text!r}: a line break or control character; give plain text")
+
+
+def _check_mounts(key: str, mounts: Sequence[str]) -> None:
+    for mount in mounts:
+        parts = mount.split(":")
+        absolute = all(part.startswith("/") for part in parts[:2])
+        if "," in mount or not absolute or len(parts) > 3 or (len(parts) == 3 and parts[2] not in ("ro", "rw")):
+            raise ConfigError(f"{key} holds {mount!r}; write SOURCE, SOURCE:TARGET or SOURCE:TARGET:ro, as absolute "
+                              "paths without commas")  # fmt: skip
+
+
+def _check_image(key: str, image: str) -> None:
+    if not image or image.startswith("-") or " " in image:
+        raise ConfigError(f"{key} = {image!r} names no image; write it as pipeline, or REGISTRY/NAME:TAG")
+
+
+def _check_names(key: str, names: Sequence[str]) -> None:
+    for name in names:
+        if not _NAME.fullmatch(name):  # not shown: what stands behind a = may be a secret
+            raise ConfigError(f"{key} holds {name.partition('=')[0]!r} with more than a name; give names of variables "
+                              "alone, their values stay in the environment")  # fmt: skip
+
+
+_NAME = re.compile(r"[A-Za-z_]\w*", re.ASCII)
+_USER = re.compile(r"(\d+(:\d+)?)?", re.ASCII)
+_SIZE = re.compile(r"[1-9]\d*[bkmg]?|host", re.ASCII)
+_GPUS = re.compile(r"all|\d+(,\d+)*", re.ASCII)
+_VOLUME = re.compile(r"[A-Za-z0-9][\w.-]+", re.ASCII)
+_BUCKETS = ("s3", "gs", "r2", "oci", "nebius")
+_BUCKET = re.compile(rf"({'|'.join(_BUCKETS)})://[a-z0-9][\w.-]+(/[^/?#@]+)*/?", re.ASCII)
+_ACCELERATOR = re.compile(r"[A-Za-z][\w.-]*", re.ASCII)
+_AT_LEAST = re.compile(r"(\d+(\.\d+)?\+?)?", re.ASCII)
 _INTERFACES = re.compile(r"|[\w.:@-]+(,[\w.:@-]+)*", re.ASCII)
 _ADAPTERS = re.compile(r"|\^?=?[\w.:-]+(,[\w.:-]+)*", re.ASCII)  # ^ = all but these, "=" = exactly these: both NCCL's
 _LEAST = {
@@ -108,6 +190,7 @@ _LEAST = {
     "cluster.hang_seconds": 0, "trainer.spike_factor": 0,
     "cluster.workers": -1, "tracking.every_steps": 1, "tracking.norms_every_steps": 0, "slurm.minutes": 0,
     "slurm.lead_minutes": 0, "slurm.cpus_per_task": 0, "slurm.gpus_per_node": -1, "slurm.restarts": 0,
+    "skypilot.disk_gb": 0,
 }  # fmt: skip
 _POSITIVE = (
     "model.width", "model.initial_gain", "norm.eps", "optimizer.rate", "schedule.decay_factor",
@@ -116,7 +199,7 @@ _POSITIVE = (
 _BETWEEN = {
     "seed": (0, 2**32 - 1), "model.dropout": (0, 0.999),
     "norm.momentum": (0, 1), "data.evaluation_crop": (0.05, 1), "data.bad_samples": (0, 1),
-    "augment.area_min": (0, 1),
+    "augment.area_min": (0, 1), "docker.port": (1024, 65535),
     "optimizer.momentum": (0, 0.9999), "loss.label_smoothing": (0, 0.999),
 }  # fmt: skip
 

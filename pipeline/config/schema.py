@@ -140,7 +140,8 @@ class TrainerConfig:
 class ClusterConfig:
     """Where the run happens."""
 
-    launcher: str = "local"  # local = `pipeline train` on this machine; slurm = `pipeline launch` submits a job
+    launcher: str = "local"  # local = `pipeline train` on this machine; slurm, docker, skypilot = `pipeline launch`
+    # submits a job, starts containers, or rents the machines
     nodes: int = 1
     devices: int = 1  # processes a node, one a GPU
     accelerator: str = "auto"  # auto, cpu or cuda
@@ -183,6 +184,41 @@ class SlurmConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DockerConfig:
+    """How containers are started, one a node. Read where cluster.launcher is docker."""
+
+    image: str = "pipeline"  # made by docker/Dockerfile
+    engine: str = ""  # docker or podman; "" = the first of them that is here
+    user: str = ""  # UID or UID:GID; "" = who launches, so that the run's files are theirs
+    gpus: str = "all"  # or their numbers, as 0,1; none where the run is on the CPU
+    shared_memory: str = "8g"  # the limit of a container's own; host = that of the machine
+    scratch: str = "pipeline-scratch"  # for caches, at /scratch: a volume of the engine, or an absolute directory
+    mounts: list[str] = field(default_factory=list)  # SOURCE[:TARGET[:ro]]; the run's and the data's are always there
+    env_file: str = ""  # file of NAME=value lines, for secrets; mode 0600
+    variables: list[str] = field(default_factory=list)  # names of variables of the launching shell that are handed on
+    options: list[str] = field(default_factory=list)  # more of `docker run`: ["--device=/dev/infiniband"]
+    address: str = ""  # of the first of several nodes, as the others reach it; "" = this machine's name
+    port: int = 29400  # there
+    interface: str = ""  # network of NCCL and gloo, as eth0; "" = left to them
+
+
+@dataclass(frozen=True, kw_only=True)
+class SkyPilotConfig:
+    """What is asked of SkyPilot, which rents machines of any cloud. Read where cluster.launcher is skypilot."""
+
+    image: str = ""  # REGISTRY/NAME:TAG, pulled by the nodes; its user must be root
+    infra: str = ""  # as aws, gcp/us-central1 or k8s/CONTEXT; "" = the cheapest that is enabled
+    accelerator: str = "H100"  # as `sky gpus list` names it; one a process, none where cluster.accelerator is cpu
+    cpus: str = ""  # of a node, as 96 or 96+; "" = left to SkyPilot, as in the next two
+    memory: str = ""  # of a node in GiB, as 480+
+    disk_gb: int = 0  # of a node: image, caches and shards that come from a bucket
+    spot: bool = True  # machines that may be taken away, at a third of the price; the run goes on on others
+    bucket: str = ""  # URL below which run directories are kept, as s3://NAME/runs
+    secrets: list[str] = field(default_factory=list)  # names of variables, set here or kept by SkyPilot's server
+    python: str = "/opt/venv/bin/python"  # the interpreter in the image
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrackingConfig:
     """What is reported where. metrics.csv is always written."""
 
@@ -212,6 +248,8 @@ class Config:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
+    docker: DockerConfig = field(default_factory=DockerConfig)
+    skypilot: SkyPilotConfig = field(default_factory=SkyPilotConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     ledger: bool = False  # write the keys of every step's samples
 
@@ -223,7 +261,7 @@ class Config:
     @property
     def way_on(self) -> str:
         """The command that goes on with the run."""
-        return f"pipeline {'launch' if self.cluster.launcher == 'slurm' else 'train'} {self.directory}/config.yaml"
+        return f"pipeline {'train' if self.cluster.launcher == 'local' else 'launch'} {self.directory}/config.yaml"
 
     @property
     def world(self) -> int:

@@ -23,13 +23,25 @@ from pipeline.data.decode import DECODER, REGIONS
 from pipeline.data.shards import MANIFEST, difference, read_manifest
 from pipeline.data.split import Split
 from pipeline.data.stream import ShardStream
-from pipeline.doctor import arithmetic, directory, machine, network, pace, packed, presence, slurm, versions
+from pipeline.doctor import (
+    arithmetic,
+    cloud,
+    directory,
+    engine,
+    machine,
+    network,
+    pace,
+    packed,
+    presence,
+    slurm,
+    versions,
+)  # fmt: skip
 from pipeline.doctor.composition import compose
 from pipeline.doctor.findings import FAULT, Finding, guarded, of_message, ok
 from pipeline.doctor.tracking import check_tracking
 from pipeline.launch.plan import CONFIG, RECORD, STARTED, agreed, identified, read_record, worker_count
 from pipeline.launch.slurm import render
-from pipeline.launch.targets import slurm_job
+from pipeline.launch.targets import cloud_task, container_of, slurm_job
 from pipeline.models.registry import check_name
 from pipeline.norm import SyncBatchNorm
 from pipeline.run.assembly import build_model, build_schedule
@@ -122,6 +134,8 @@ def _checks(p: _Patient) -> Iterator[Check]:
     yield "tracking", "W&B", lambda: _tracking(p.config)
     yield from _machine_checks(p)
     yield from _slurm_checks(p)
+    yield from _docker_checks(p.config)
+    yield from _cloud_checks(p.config)
     if p.model is not None and p.images >= p.config.data.global_batch_size:
         yield "pace", "step", lambda: _pace(p)
 
@@ -129,7 +143,7 @@ def _checks(p: _Patient) -> Iterator[Check]:
 def _data_checks(p: _Patient) -> Iterator[Check]:
     data = p.config.data
     location = Location(*data.location)
-    if location.unset_variables and _by_slurm(p.config):  # the nodes know them
+    if location.unset_variables and _elsewhere(p.config):  # the nodes know them
         location = replace(location, cache="")
     elif location.unset_variables and location.is_cached:
         yield "data", "cache", lambda: [of_message("cache", location.unset_variables)]
@@ -166,7 +180,7 @@ def _data_checks(p: _Patient) -> Iterator[Check]:
         )
     if dataset.cache is not None and manifest.splits.get("train"):
         limit, entries = dataset.cache.limit, manifest.splits["train"]
-        if dataset.is_staged and _by_slurm(p.config):
+        if dataset.is_staged and _elsewhere(p.config):
             unseen = f"two windows of shards fit; whether {data.cache} of the nodes has room, a start there says"
             yield "data", "cache", lambda: packed.check_cache(limit, entries, data.window, (), unseen)
             return
@@ -197,7 +211,7 @@ def _arithmetic_checks(p: _Patient) -> Iterator[Check]:
 def _directory_checks(p: _Patient) -> Iterator[Check]:
     c, place = p.config, p.config.directory if p.config.run.id else Path(p.config.run.dir)
     yield "directory", "write", lambda: directory.check_writable(place)
-    if p.model is not None:
+    if p.model is not None and c.cluster.launcher != "skypilot":  # whose checkpoints are in a bucket
         size = directory.checkpoint_bytes(p.model, 8 if c.trainer.precision == "64" else 4)
         yield "directory", "space", lambda: directory.check_space(place, size, c.trainer.keep_checkpoints)
     if not c.run.id or not place.is_dir():
@@ -222,8 +236,8 @@ def _machine_checks(p: _Patient) -> Iterator[Check]:
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     yield "machine", "clock", lambda: machine.check_clock(time.time(), _written(Path(c.run.dir)))
     yield "machine", "temporary files", lambda: machine.check_temporary(os.environ)
-    if _by_slurm(c):
-        return  # the rest would be of this machine, and the run is on others
+    if _elsewhere(c):
+        return  # the rest would be of this machine
     yield (
         "machine",
         "devices",
@@ -279,11 +293,43 @@ def _slurm_checks(p: _Patient) -> Iterator[Check]:
         yield "slurm", "job", lambda: slurm.check_job(p.script or _script(p.config), p.scratch)
 
 
+def _docker_checks(config: Config) -> Iterator[Check]:
+    if config.cluster.launcher != "docker":
+        return
+    docker, container = config.docker, container_of(identified(config))
+    yield "docker", "engine", lambda: engine.check_engine(container.engine, docker.image, bool(container.gpus))
+    if docker.env_file:
+        yield "docker", "secrets", lambda: engine.check_env_file(Path(docker.env_file))
+    yield "docker", "variables", lambda: engine.check_variables(docker.variables)
+    if config.cluster.nodes > 1 and not docker.address:
+        yield "docker", "address", lambda: engine.check_address(container.address, config.cluster.nodes)
+
+
+def _cloud_checks(config: Config) -> Iterator[Check]:
+    if config.cluster.launcher != "skypilot":
+        return
+    sky, trainer = config.skypilot, config.trainer
+    task = cloud_task(identified(config), config.directory / CONFIG)
+    yield "skypilot", "SkyPilot", cloud.check_command
+    yield "skypilot", "bucket", lambda: cloud.check_bucket(sky.bucket, config.run.id)
+    yield "skypilot", "secrets", lambda: cloud.check_secrets(task.secrets)
+    yield (
+        "skypilot",
+        "spot",
+        lambda: cloud.check_checkpoints(sky.spot, trainer.checkpoint_every_minutes, trainer.checkpoint_every_steps),
+    )
+
+
 def _script(config: Config) -> str:
     config = identified(config)
     with contextlib.suppress(ConfigError):  # another run has that name: a finding of the directory's
         config = agreed(config)
     return render(slurm_job([config]))
+
+
+def _elsewhere(config: Config) -> bool:
+    """Whether the run is on other machines, or in a container that has an environment of its own."""
+    return config.cluster.launcher != "local"
 
 
 def _by_slurm(config: Config) -> bool:

@@ -19,7 +19,8 @@ T = TypeVar("T")
 class Finding:
     """One line of the table.
 
-    section: config, versions, data, arithmetic, directory, tracking, machine, slurm, pace, nodes, network.
+    section: config, versions, data, arithmetic, directory, tracking, machine, slurm, docker, skypilot,
+    pace, nodes, network.
     """
 
     name: str

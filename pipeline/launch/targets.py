@@ -1,18 +1,27 @@
 """What each target is given of an experiment: plain values, taken from its config. A target renders them.
 
-A target is a name of cluster.launcher; that of slurm.py is a Job.
+A target is a name of cluster.launcher; slurm.py has a Job, container.py a Container, cloud.py a Task. One more, as
+Kubernetes, is a file beside these with plain values, its text and its golden files, and a function here.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
+import os
+import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pipeline.config import Config, ConfigError, completed
+from pipeline.launch.attached import first_of
+from pipeline.launch.cloud import Task, job_name
+from pipeline.launch.container import Container, Mount, place
 from pipeline.launch.slurm import SCRIPT, Job, array_numbers
+
+CONTAINER_SLACK = 30.0  # seconds after cluster.lead_seconds, at which ranks that have not saved are killed by their own
 
 _AS_THEY_ARE = ("partition", "account", "qos", "constraint", "exclude", "memory", "minutes", "lead_minutes",
                 "cpus_per_task", "container", "image", "launcher", "resubmit", "restarts", "interface",
@@ -67,3 +76,51 @@ def slurm_job(runs: Sequence[Config], array: str = "", sweep: str = "") -> Job:
         gpus_per_node=gpus if slurm.gpus_per_node < 0 else slurm.gpus_per_node,
         places=(*places, *made) if inside else (), made=made, **same,
     )  # fmt: skip
+
+
+def container_of(config: Config, driver: Path = Path("/proc/driver/nvidia/version")) -> Container:
+    """The container of a node of the run. driver: there where this machine has GPUs. Raises ConfigError."""
+    docker, cluster, data = config.docker, config.cluster, config.data
+    engine = docker.engine or first_of("docker", "podman") or "docker"
+    has_gpus = cluster.accelerator == "cuda" or (cluster.accelerator == "auto" and driver.exists())
+    mounts = [Mount(source=Path(path).absolute(), target=_place(key, path), writable=writable)
+              for key, path, writable in (("data.cache", data.cache, True), ("data.root", data.root, False))
+              if path and "://" not in path and not path.startswith("~") and "$" not in path]  # fmt: skip
+    variables = ["WANDB_API_KEY"] if config.tracking.mode in ("auto", "online") else []
+    _place("run.dir, run.id", str(config.directory))
+    return Container(
+        run=config.directory.absolute(), inside=str(config.directory), nodes=cluster.nodes, image=docker.image,
+        engine=engine, rootless=engine == "podman" and os.getuid() != 0,
+        user=docker.user or f"{os.getuid()}:{os.getgid()}", gpus=docker.gpus if has_gpus else "",
+        shared_memory=docker.shared_memory, scratch=docker.scratch,
+        data=tuple({mount.target: mount for mount in reversed(mounts)}.values()), mounts=tuple(docker.mounts),
+        env_file=str(Path(docker.env_file).absolute()) if docker.env_file else "",
+        variables=(*variables, *docker.variables), options=tuple(docker.options),
+        address=docker.address or socket.gethostname(), port=docker.port, interface=docker.interface,
+        stop_seconds=math.ceil(cluster.lead_seconds + CONTAINER_SLACK),
+    )  # fmt: skip
+
+
+def cloud_task(config: Config, config_file: Path, environment: Mapping[str, str] = os.environ) -> Task:
+    """The SkyPilot task of a run whose config lies in a file of this machine. Raises ConfigError."""
+    sky, cluster = config.skypilot, config.cluster
+    tracked = config.tracking.mode == "online" or (
+        config.tracking.mode == "auto" and bool(environment.get("WANDB_API_KEY"))
+    )
+    return Task(
+        name=job_name(config.run.id), run=_place("run.dir, run.id", str(config.directory)),
+        config=config_file.absolute(), nodes=cluster.nodes, devices=cluster.devices, image=sky.image, bucket=sky.bucket,
+        accelerator="" if cluster.accelerator == "cpu" else sky.accelerator, infra=sky.infra, cpus=sky.cpus,
+        memory=sky.memory, disk_gb=sky.disk_gb, spot=sky.spot, python=sky.python,
+        secrets=tuple(dict.fromkeys([*(["WANDB_API_KEY"] if tracked else []), *sky.secrets])),
+    )  # fmt: skip
+
+
+def _place(key: str, path: str) -> str:
+    """Where a container sees a path of the config. Raises ConfigError."""
+    if not str(Path(path).absolute()).isprintable():
+        raise ConfigError(f"{key} = {path!r} holds a line break or control character; choose another")
+    try:
+        return place(path)
+    except ValueError as error:
+        raise ConfigError(f"{key}: {error}") from None

@@ -1,0 +1,156 @@
+"""pipeline launch with cluster.launcher=slurm: jobs of Slurm, from their submission to their end."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipeline.cli import preflight
+from pipeline.cli.codes import DONE
+from pipeline.cli.settling import settle
+from pipeline.cli.sweep import in_sweep
+
+if TYPE_CHECKING:
+    import argparse
+
+    from pipeline.config import Config
+
+
+def start(config: Config, options: argparse.Namespace) -> int:
+    from pipeline.launch import queue
+    from pipeline.launch.plan import identified
+    from pipeline.launch.sweep import sweep_of
+
+    if not (options.dry_run or queue.is_there()):
+        raise queue.QueueError(
+            "sbatch is not found: launch where Slurm's commands are, or look at the script with --dry-run"
+        )
+    config, sweep = in_sweep(config, options.sweep) if options.sweep else (config, sweep_of(config))
+    config = identified(config)
+    if options.dry_run:
+        return _examined(config, options.array, sweep, show=True)
+    return _submit(config, options.array, sweep, options.force)
+
+
+def _submit(config: Config, array: str, sweep: str, force: bool) -> int:
+    from pipeline.data.shards import MANIFEST, write_atomically
+    from pipeline.launch import queue
+    from pipeline.launch.lock import locked
+    from pipeline.launch.plan import freeze_run
+    from pipeline.launch.slurm import JOBS, SCRIPT, render
+    from pipeline.launch.sweep import with_parameters
+    from pipeline.launch.targets import numbers_of, runs_of, slurm_job
+
+    for run in runs_of(config, array, sweep):
+        _refuse_second_job(run)
+    code = _examined(config, array, sweep)
+    if code and not force:
+        print(preflight.NOT_SUBMITTED, file=sys.stderr)
+        return code
+    config, dataset = settle(config, elsewhere=True)
+    runs = [with_parameters(run) for run in runs_of(config, array, sweep)]
+    with ExitStack() as held:
+        for number, run in enumerate(runs):
+            held.enter_context(locked(run.directory))
+            runs[number] = freeze_run(run, sweep)
+            write_atomically(run.directory / MANIFEST, (dataset.directory / MANIFEST).read_bytes())
+            (run.directory / "logs").mkdir(exist_ok=True)
+        script = render(slurm_job(runs, array, sweep))
+        path = runs[0].directory / SCRIPT
+        path.write_text(script)
+    print(script)
+    job = queue.submit(path)
+    for run, number in zip(runs, numbers_of(array), strict=True):
+        name = f"{job}_{number}" if array else job
+        with (run.directory / JOBS).open("a") as file:
+            file.write(f"{name}\n")
+        print(f"job {name}: {run.run.id}, log {run.directory.absolute() / 'logs' / f'job-{name}.log'}")
+    print(f"follow it with: pipeline launch --follow {runs[0].directory}")
+    return DONE
+
+
+def _examined(config: Config, array: str, sweep: str, *, show: bool = False) -> int:
+    """What the doctor says of the first run and the job of all: its exit code. Writes, packs and indexes nothing.
+
+    show: the script on stdout, the whole table on stderr.
+    """
+    from pipeline.launch.plan import agreed
+    from pipeline.launch.slurm import render
+    from pipeline.launch.sweep import refuse_other_sweep, with_parameters
+    from pipeline.launch.targets import runs_of, slurm_job
+
+    runs = runs_of(config, array, sweep)
+    for run in runs:
+        refuse_other_sweep(run, sweep)
+    runs = [agreed(with_parameters(run)) for run in runs]
+    script = render(slurm_job(runs, array, sweep))
+    if show:
+        print(script, flush=True)
+    return preflight.before_submission(runs[0], script, whole=show)
+
+
+def _refuse_second_job(run: Config) -> None:
+    from pipeline.config import ConfigError
+    from pipeline.launch import queue
+
+    for job, state in queue.states(_jobs(run.directory)).items():
+        raise ConfigError(
+            f"run.id = {run.run.id} has job {job} in the queue ({state}); leave it to that, or end it first with: "
+            f"pipeline launch --cancel {run.directory}"
+        )
+
+
+def _jobs(directory: Path) -> list[str]:
+    from pipeline.launch.slurm import JOBS
+
+    try:
+        return (directory / JOBS).read_text().split()
+    except FileNotFoundError:
+        return []
+
+
+def _launched(directory: Path) -> list[str]:
+    """The jobs of a run, the newest last. Raises ConfigError if there are none."""
+    from pipeline.config import ConfigError
+
+    jobs = _jobs(directory)
+    if not jobs:
+        raise ConfigError(f"{directory} holds no run that was launched; give a directory like runs/NAME")
+    return jobs
+
+
+def status(directory: Path) -> int:
+    from pipeline.launch import queue
+    from pipeline.launch.plan import newest_step, read_record
+
+    jobs = _launched(directory)
+    record, states = read_record(directory), queue.states(jobs)
+    print(f"{directory}: checkpoint of step {newest_step(directory)}, {len(record.starts)} starts")
+    for start in record.starts[-5:]:
+        ended = f"{start.get('ended', 'has not said how it ended')} {start.get('ended_at', '')}".strip()
+        print(f"  {start['at']} from step {start.get('step', 0)} on {start['world']} ranks: {ended}")
+    for job in jobs[-5:]:
+        print(f"job {job}: {states.get(job, 'not in the queue')}")
+    return DONE
+
+
+def cancel(directory: Path) -> int:
+    from pipeline.launch import queue
+
+    alive = list(queue.states(_launched(directory)))
+    if alive:
+        queue.cancel(alive)
+    print(f"{directory}: {'cancelled job ' + ', '.join(alive) if alive else 'no job is in the queue'}")
+    return DONE
+
+
+def follow(directory: Path) -> int:
+    from contextlib import suppress
+
+    log = directory / "logs" / f"job-{_launched(directory)[-1]}.log"
+    with suppress(KeyboardInterrupt):  # the way to leave it
+        subprocess.run(["tail", "--lines=100", "-F", "--", str(log)], check=False)
+    return DONE
