@@ -303,9 +303,9 @@ def _train_beside(config: Config, dataset: Dataset, node: int) -> int:
 
     from pipeline.config import to_yaml
     from pipeline.launch.failure import FailedRunError
-    from pipeline.launch.plan import CONFIG, agreed
+    from pipeline.launch.plan import CONFIG, joined
 
-    config = agreed(config)
+    config = joined(config)
     with tempfile.TemporaryDirectory(prefix=f"pipeline-node-{node}-") as scratch:
         path = Path(scratch) / CONFIG
         path.write_text(to_yaml(config))

@@ -116,6 +116,14 @@ def agreed(config: Config) -> Config:
     return config if config.trainer.threads else completed(config, trainer={"threads": _threads(config)})
 
 
+def joined(config: Config) -> Config:
+    """The config as a node has it that does not lead: no judge of the directory, which it may see half-written."""
+    directory, threads = config.directory, config.trainer.threads
+    if not threads and (directory / CONFIG).exists() and (directory / STARTED).exists():
+        threads = read_config(directory / CONFIG).trainer.threads
+    return completed(config, trainer={"threads": threads or _threads(config)})
+
+
 def _threads(config: Config) -> int:
     """Cores of a process, where nobody has said. Those of a node of Slurm are not the ones of this machine."""
     if config.cluster.launcher == "slurm":

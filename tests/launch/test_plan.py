@@ -3,7 +3,7 @@ import json
 import pytest
 
 from pipeline.config import ConfigError, completed, compose_config, read_config
-from pipeline.launch.plan import close_run, note_start, open_run, read_record
+from pipeline.launch.plan import close_run, joined, note_start, open_run, read_record
 
 
 def config(tmp_path, *overrides):
@@ -94,3 +94,13 @@ def test_interruptions_and_progress_are_no_crash_loop(tmp_path, ended):
     record = read_record(opened.directory)
     assert [start["step"] for start in record.starts] == [0, 0, 0, 0, 10, 20, 30]
     assert record.starts[0]["ended"] == ended
+
+
+def test_a_node_that_does_not_lead_takes_part_whatever_it_sees_of_the_directory(tmp_path):
+    here = config(tmp_path, "run.id=a", "trainer.threads=3")
+    here.directory.mkdir()
+    (here.directory / "logs").mkdir()  # and no config yet: what the leading node writes comes late
+    assert joined(here) == here
+    begun = open_run(config(tmp_path, "run.id=b", "trainer.threads=5"))
+    (begun.directory / "metrics.csv").touch()
+    assert joined(config(tmp_path, "run.id=b")).trainer.threads == 5  # part of what a run is
