@@ -40,9 +40,9 @@ if [[ ${#hosts[@]} != "$PIPELINE_NODES" || ${SKYPILOT_NUM_GPUS_PER_NODE:-0} != "
 fi
 export MASTER_ADDR=${hosts[0]} MASTER_PORT=29400 PIPELINE_NODE=$SKYPILOT_NODE_RANK PIPELINE_TARGET=skypilot
 cd "$PIPELINE_SCRATCH"
+trap 'kill -s TERM "$!"' TERM INT
 "$PIPELINE_PYTHON" -m pipeline train "$PIPELINE_PLAN" &
 ranks=$!
-trap 'kill -s TERM "$ranks"' TERM INT
 while kill -s 0 "$ranks" 2>/dev/null; do wait "$ranks" || true; done # which a signal ends early
 code=0
 wait "$ranks" || code=$?

@@ -315,7 +315,7 @@ def test_a_signal_reaches_the_container(engine, shards, monkeypatch):
     environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[2])}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + 240
         while not (engine / "started").exists():
             assert process.poll() is None, process.communicate()[0]
             assert time.monotonic() < deadline
@@ -324,6 +324,7 @@ def test_a_signal_reaches_the_container(engine, shards, monkeypatch):
         output, _ = process.communicate(timeout=30)
     finally:
         process.kill()
+        process.communicate()
     assert process.returncode == 75
     assert output.endswith("signalled\n")
 
