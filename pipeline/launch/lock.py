@@ -1,7 +1,8 @@
 """One run a directory: a lock that survives crashes, and file systems over the network, where flock may not hold.
 
 DIR/.lock names its holder: host, process and when that process began. The holder touches it every few
-seconds. On the same host a holder that is gone is known at once; on another, by a lock that nobody touches.
+seconds. On the same host a holder that is gone is known at once; on another, and in another container, whose
+processes are counted anew, by a lock that nobody touches.
 """
 
 from __future__ import annotations
@@ -26,24 +27,38 @@ class LockedError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """A process: began tells it from a later one with its number, in clock ticks since the machine started."""
+    """A process: began tells it from a later one with its number, in clock ticks since the machine started.
+
+    space: in which its number means it. Containers on the host's network share its name, and each counts from 1.
+    """
 
     host: str
     process: int
     began: int
     boot: str
+    space: str = ""
 
     def is_gone(self) -> bool | None:
-        """Whether it has ended; None for a process of another machine, of which nothing is known."""
+        """Whether it has ended; None for a process of another machine or container, of which nothing is known."""
         here = this_process()
-        if (self.host, self.boot) != (here.host, here.boot):
-            return True if self.host == here.host else None  # the machine was started anew since
-        return _began(self.process) != self.began
+        if self.host != here.host:
+            return None
+        if self.boot != here.boot:
+            return True  # the machine was started anew since
+        return None if self.space != here.space else _began(self.process) != self.began
 
 
 def this_process() -> Holder:
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    return Holder(socket.gethostname(), os.getpid(), _began(os.getpid()), boot.read_text().strip())
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return Holder(socket.gethostname(), os.getpid(), _began(os.getpid()), boot, _space())
+
+
+def _space() -> str:
+    """The number of the process namespace. It is given again only when the namespace is gone, its processes with it."""
+    try:
+        return str(Path("/proc/self/ns/pid").readlink()).strip("pid:[]")
+    except OSError:
+        return ""
 
 
 @contextmanager
@@ -68,8 +83,9 @@ def locked(directory: Path, say: Callable[[str], None] = print) -> Iterator[None
 
 def _taken(path: Path) -> bool:
     # A link is made or it is not, on NFS as well, and the file under it is whole from the start.
-    mine = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}")
-    mine.write_text(json.dumps(asdict(this_process())))
+    me = this_process()
+    mine = path.with_name(f"{path.name}.{_word(me)}")
+    mine.write_text(json.dumps(asdict(me)))
     try:
         _link(mine, path)
     except FileExistsError:
@@ -90,6 +106,11 @@ def _link(file: Path, path: Path) -> None:
             lock.write(file.read_text())
 
 
+def _word(holder: Holder) -> str:
+    """Of a file name that no other process uses."""
+    return f"{holder.host}.{holder.space}.{holder.process}"
+
+
 def _clear_if_stale(path: Path, say: Callable[[str], None]) -> None:
     """Remove a lock whose holder is gone, after waiting to see it if that takes waiting. Raises LockedError."""
     holder = _holder(path)
@@ -104,7 +125,7 @@ def _clear_if_stale(path: Path, say: Callable[[str], None]) -> None:
             "wait for it or stop it, or give another run.id"
         )
     # Of several that find it stale one renames it; the others find it gone, or a new one.
-    aside = path.with_name(f"{path.name}.stale.{socket.gethostname()}.{os.getpid()}")
+    aside = path.with_name(f"{path.name}.stale.{_word(this_process())}")
     try:
         path.rename(aside)
     except FileNotFoundError:

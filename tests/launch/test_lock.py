@@ -114,3 +114,29 @@ def test_a_mounted_bucket_which_has_no_links_is_locked_all_the_same(tmp_path, mo
     (tmp_path / LOCK).write_text(json.dumps(asdict(stale)))
     with locked(tmp_path):
         assert module._holder(tmp_path / LOCK) == this_process()
+
+
+def test_the_lock_of_another_container_on_this_host_is_taken_over_when_nobody_touches_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "STALE_AFTER", 0.5)
+    here = this_process()
+    assert here.space.isdigit()
+    (tmp_path / LOCK).write_text(json.dumps(asdict(replace(here, space="1"))))  # alive or not: its number says nothing
+    said = []
+    with locked(tmp_path, said.append):
+        pass
+    assert f"is held from {here.host}; watching" in said[0]
+
+
+def test_a_run_in_another_container_on_this_host_is_respected(tmp_path):
+    """Which shares the host's name and counts its processes anew, as on the host's network."""
+    apart = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc", sys.executable, "-c", HOLD, str(tmp_path)]
+    process = subprocess.Popen(apart, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    try:
+        if process.stdout.readline() != "held\n":
+            pytest.skip(f"no process namespace of its own: {process.communicate()[1].strip()}")
+        with pytest.raises(LockedError, match="belongs to a run that is going on: process 1 on"):
+            locked(tmp_path, lambda text: None).__enter__()
+    finally:
+        process.kill()
+        process.communicate()
