@@ -29,6 +29,7 @@ import torch.distributed as dist
 
 from pipeline.callbacks.suspicion import BROKEN, FAILED, Report, Suspicion, in_collective, limit, suspects
 from pipeline.launch.failure import AGAIN, FailedRunError, NameSamples, leave_verdict, where_in_run
+from pipeline.launch.heartbeat import Heartbeat
 from pipeline.launch.pulse import Place, Pulse
 
 TICK = 1.0  # seconds between two looks
@@ -45,6 +46,7 @@ class Watchdog(lightning.Callback):
     """Moves the pulse, and watches it. hang_seconds: without a move, beyond which a rank is named; 0 = never.
 
     first_seconds: the same for what has not been done twice yet. hint: how to go on. logs: for stacks and reports.
+    heartbeat: renewed while this rank stands nowhere for longer than is allowed; with hang_seconds = 0, while it runs.
     """
 
     def __init__(
@@ -60,7 +62,9 @@ class Watchdog(lightning.Callback):
         name: NameSamples,
         hint: str = "",
         say: Callable[[str], None] = print,
+        heartbeat: Heartbeat | None = None,
     ):
+        self.heartbeat = heartbeat
         self.pulse, self.rank, self.world, self.host, self.name = pulse, rank, world, host, name
         self.hang_seconds, self.first_seconds, self.logs, self.hint, self.say = (
             hang_seconds, first_seconds, logs, hint, say)  # fmt: skip
@@ -86,6 +90,8 @@ class Watchdog(lightning.Callback):
         if first is not None:  # the last to get its gradient: from there on a rank waits for the others
             first.register_post_accumulate_grad_hook(self._gradients_are_there)  # type: ignore[no-untyped-call]
         if not self.hang_seconds:
+            if self.heartbeat is not None:
+                self._begin(self._beat_alone)
             return
         if self.world > 1:
             self._store = dist.distributed_c10d._get_default_store().clone()  # a connection of its own
@@ -95,7 +101,12 @@ class Watchdog(lightning.Callback):
         self._fatal = not faulthandler.is_enabled()
         if self._fatal:
             faulthandler.enable(self._log)  # where it stood when it dies of itself
-        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._begin(self._watch)
+
+    def _begin(self, work: Callable[[], None]) -> None:
+        if self.heartbeat is not None:
+            self.heartbeat.renew()
+        self._thread = threading.Thread(target=work, name="watchdog", daemon=True)
         self._thread.start()
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
@@ -149,13 +160,16 @@ class Watchdog(lightning.Callback):
         self._stop.set()
         self._thread.join()
         self._thread = None
+        if self.heartbeat is not None:
+            self.heartbeat.end()
+        if self._log is None:
+            return
         if self._store is not None:
             with suppress(Exception):  # who served it may be gone already
                 self._tell(self._report(self.pulse.place))
         faulthandler.cancel_dump_traceback_later()
         if self._fatal:
             faulthandler.disable()
-        assert self._log is not None
         self._log.close()
 
     def lost(self, error: Exception) -> FailedRunError:
@@ -178,12 +192,19 @@ class Watchdog(lightning.Callback):
             self._look(min(now - before, 3 * TICK))
             before = now
 
+    def _beat_alone(self) -> None:
+        assert self.heartbeat is not None
+        while not self._stop.wait(TICK):
+            self.heartbeat.renew()
+
     def _look(self, seconds: float) -> None:
         self._clock += seconds
         place = self.pulse.place
         self._age = self._age + seconds if place.moves == self._age_moves else 0.0
         self._age_moves = place.moves
         mine = self._report(place)
+        if self.heartbeat is not None and self._age <= mine.limit:
+            self.heartbeat.renew()
         # Where this thread itself cannot run any more, code in C that keeps Python's lock: end without it.
         assert self._log is not None
         faulthandler.dump_traceback_later(2 * max(mine.limit, 30.0) if place.phase != "end" else 1e6,

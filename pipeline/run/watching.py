@@ -31,6 +31,7 @@ from pipeline.callbacks.tracking import Circumstance, Reporter, Tracking
 from pipeline.callbacks.wandb_reporter import TrackingError, WandbPlace, WandbReporter
 from pipeline.callbacks.watchdog import Watchdog
 from pipeline.config import Config, ConfigError
+from pipeline.launch import heartbeat
 from pipeline.launch.plan import STOPPED, add_to_start, read_record
 from pipeline.launch.pulse import Pulse, pulse_path
 from pipeline.norm import revert
@@ -129,6 +130,7 @@ def _note_machines(directory: Path, machines: list[str]) -> None:
 
 def build_watchdog(run: Assembly, console: Console) -> Watchdog:
     config, world = run.config, run.world
+    beats_at = heartbeat.heartbeat_path(world.local_rank)
     return Watchdog(
         Pulse(pulse_path(world.rank)),
         rank=world.rank,
@@ -140,6 +142,7 @@ def build_watchdog(run: Assembly, console: Console) -> Watchdog:
         name=run.data.names,
         hint=f"go on with: {config.way_on}",
         say=partial(console.print, highlight=False, soft_wrap=True),
+        heartbeat=heartbeat.Heartbeat(beats_at) if beats_at else None,
     )
 
 
