@@ -33,6 +33,7 @@ from pipeline.launch.heartbeat import Heartbeat
 from pipeline.launch.pulse import Place, Pulse
 
 TICK = 1.0  # seconds between two looks
+LOCKED = 3600.0  # by the clock of the machine: a process that is stopped for less goes on when it is let
 GIVE_UP = 10.0  # without the store, before the rank that serves it counts as gone
 BROKEN_PATIENCE = 4.0  # silence that names a rank once a connection to somebody has broken
 # A rank is named when it exceeds its limit and ended when it does so by this factor: reading from a network may
@@ -207,7 +208,7 @@ class Watchdog(lightning.Callback):
             self.heartbeat.renew()
         # Where this thread itself cannot run any more, code in C that keeps Python's lock: end without it.
         assert self._log is not None
-        faulthandler.dump_traceback_later(2 * max(mine.limit, 30.0) if place.phase != "end" else 1e6,
+        faulthandler.dump_traceback_later(max(2 * mine.limit, LOCKED) if place.phase != "end" else 1e6,
                                           exit=True, file=self._log)  # fmt: skip
         if self._store is None:
             self._judge([mine], {})

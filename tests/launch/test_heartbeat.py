@@ -86,7 +86,7 @@ w = watchdog.Watchdog(Pulse(), rank=0, world=1, host="here", hang_seconds=hang, 
                       logs=Path(sys.argv[1]), name=lambda *a: [], heartbeat=Heartbeat(Path(sys.argv[1]) / "beat"))
 w.setup(None, torch.nn.Linear(1, 1), "fit")
 print("begun", flush=True)
-until = time.monotonic() + (60 if phase == "moves" else 0)
+until = time.monotonic() + (120 if phase == "moves" else 0)
 while time.monotonic() < until:
     w.pulse.move("forward")
     time.sleep(0.02)
@@ -134,6 +134,17 @@ def test_a_training_that_is_frozen_stops_its_heartbeat_and_goes_on_when_it_thaws
     assert oldest(path, 1.5) > 1.0
     process.send_signal(signal.SIGCONT)
     time.sleep(0.5)
+    assert oldest(path, 1.0) < 1.0
+    assert process.poll() is None
+
+
+@pytest.mark.slow
+def test_a_training_that_is_frozen_for_minutes_goes_on_when_it_thaws(tmp_path, watched):
+    process, path = watched(1.0, "moves"), tmp_path / "beat"
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(70)
+    process.send_signal(signal.SIGCONT)
+    time.sleep(1.0)
     assert oldest(path, 1.0) < 1.0
     assert process.poll() is None
 
