@@ -26,14 +26,13 @@ from pipeline.data.dataset import Dataset as Source
 from pipeline.data.images import Fault, Images, open_images
 from pipeline.data.keyed_random import mixed
 from pipeline.data.order import Order
-from pipeline.data.parent import end_with_parent
+from pipeline.data.parent import PREFETCHED, end_with_parent
 from pipeline.data.read_ahead import ReadAhead
 from pipeline.data.shards import DataError
 from pipeline.data.split import Split
 
 _AUGMENT = 3  # what a key is for; order.py has 1, 2 and 5, images.py 4
 _POPULATION_EPOCH = -1
-PREFETCHED = 4  # micro-batches that a loading process holds ready
 
 
 @dataclass(frozen=True, slots=True)

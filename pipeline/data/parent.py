@@ -4,6 +4,8 @@ import multiprocessing
 import os
 import threading
 
+PREFETCHED = 4  # micro-batches that a process which loads holds ready for its parent
+
 
 def end_with_parent() -> None:
     """In a process that multiprocessing started: end at once when the process that asked for it is gone.

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from pipeline.data.loader import PREFETCHED
+from pipeline.data.parent import PREFETCHED
 from pipeline.doctor.findings import Finding, counted, fault, ok, warning
 
 PROCESS_BYTES = 500_000_000  # of its own that a rank has once it has imported everything: 476 MB measured
