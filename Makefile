@@ -7,7 +7,7 @@ PIP     = $(BIN)/python -m pip --disable-pip-version-check --quiet install
 COMPILE = $(BIN)/uv pip compile pyproject.toml --universal --python-version 3.11 --upgrade --generate-hashes \
           --no-emit-index-url --no-header --quiet
 
-.PHONY: help demo test lint cluster slow requirements clean
+.PHONY: help demo test lint cluster slow audit requirements clean
 
 help:            ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 16
@@ -27,12 +27,16 @@ cluster: $(VENV)/.dev      ## jobs on a Slurm cluster that is raised for them (D
 	$(BIN)/python -m pytest -rs -m "cluster and not slow" tests/slurm
 
 slow: $(VENV)/.dev         ## the tests that take minutes each
-	$(BIN)/python -m pytest -m "slow and not gpu and not cluster"
+	$(BIN)/python -m pytest -m "slow and not gpu and not cluster and not container"
+
+audit: $(VENV)/.audit      ## pins, hashes, licences and known vulnerabilities of all that is required
+	$(BIN)/python requirements/audit.py
 
 requirements: $(VENV)/.dev    ## compile the pinned, hash-checked requirement files anew from pyproject.toml
 	$(COMPILE) -o requirements/runtime.txt
 	$(COMPILE) --extra dev -o requirements/dev.txt
 	$(COMPILE) --extra peers -o requirements/peers.txt
+	$(COMPILE:pyproject.toml=) --group audit -o requirements/audit.txt
 
 clean:           ## remove the environment and caches; runs/ and shards/ stay
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build *.egg-info
@@ -49,4 +53,9 @@ $(VENV)/.runtime: requirements/runtime.txt pyproject.toml pipeline/data/jpeg_reg
 
 $(VENV)/.dev: requirements/dev.txt $(VENV)/.runtime
 	$(PIP) --require-hashes -r requirements/dev.txt
+	@touch $@
+
+$(VENV)/.audit: requirements/audit.txt | $(VENV)/.runtime
+	$(PYTHON) -m venv $(VENV)/audit
+	$(VENV)/audit/bin/python -m pip --disable-pip-version-check --quiet install --require-hashes -r requirements/audit.txt
 	@touch $@

@@ -14,6 +14,6 @@ def test_requirements_are_exact_hashed_and_name_no_host():
     for path in (ROOT / "requirements").glob("*.txt"):
         blocks = path.read_text().replace("\\\n", " ").splitlines()
         pins = [line for line in blocks if line and not line.lstrip().startswith("#")]
-        assert len(pins) > 50
+        assert len(pins) > (20 if path.name == "audit.txt" else 50)
         assert all("==" in pin and "--hash=sha256:" in pin for pin in pins)
         assert "://" not in path.read_text()
