@@ -2,12 +2,13 @@
 PYTHON ?= python3
 VENV   ?= .venv
 JOBS   ?= 2
+ENGINE ?= docker
 BIN     = $(VENV)/bin
 PIP     = $(BIN)/python -m pip --disable-pip-version-check --quiet install
 COMPILE = $(BIN)/uv pip compile pyproject.toml --universal --python-version 3.11 --upgrade --generate-hashes \
           --no-emit-index-url --no-header --quiet
 
-.PHONY: help demo test lint cluster slow audit requirements clean
+.PHONY: help demo test lint cluster slow image audit requirements clean
 
 help:            ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 16
@@ -28,6 +29,9 @@ cluster: $(VENV)/.dev      ## jobs on a Slurm cluster that is raised for them (D
 
 slow: $(VENV)/.dev         ## the tests that take minutes each
 	$(BIN)/python -m pytest -m "slow and not gpu and not cluster and not container"
+
+image:           ## build the image `pipeline` (ENGINE=podman without docker; see docker/README.md)
+	BUILDAH_FORMAT=docker $(ENGINE) build -f docker/Dockerfile --build-arg REVISION=$$(git rev-parse HEAD) -t pipeline .
 
 audit: $(VENV)/.audit      ## pins, hashes, licences and known vulnerabilities of all that is required
 	$(BIN)/python requirements/audit.py
