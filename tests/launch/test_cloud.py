@@ -27,7 +27,7 @@ from tests.launch.test_slurm import EVIL, program
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "skypilot"
 ONE = Task(
-    name="first", run="/scratch/runs/first", config=Path("/home/me/work/runs/first/config.yaml"), nodes=1, devices=1,
+    name="first", run="/scratch/runs/first", config=Path("/home/me/lab/runs/first/config.yaml"), nodes=1, devices=1,
     image="registry.example/pipeline:1", bucket="s3://ours/runs", accelerator="H100", secrets=("WANDB_API_KEY",),
 )  # fmt: skip
 TASKS = {

@@ -25,9 +25,9 @@ from pipeline.launch.targets import container_of
 from tests.launch.test_slurm import EVIL, program
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "docker"
-DIGITS = Mount(source=Path("/home/me/work/shards/digits"), target="/scratch/shards/digits")
+DIGITS = Mount(source=Path("/home/me/lab/shards/digits"), target="/scratch/shards/digits")
 ONE = Container(
-    run=Path("/home/me/work/runs/first"), inside="runs/first", nodes=1, image="pipeline", user="1000:1000",
+    run=Path("/home/me/lab/runs/first"), inside="runs/first", nodes=1, image="pipeline", user="1000:1000",
     data=(DIGITS,),
 )  # fmt: skip
 GPUS = dataclasses.replace(

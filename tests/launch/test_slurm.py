@@ -22,12 +22,12 @@ from pipeline.world import World
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "slurm"
 BARE = Job(
-    name="first", run=Path("/runs/first"), script=Path("/runs/first/job.sbatch"), directory=Path("/home/me/work"),
+    name="first", run=Path("/runs/first"), script=Path("/runs/first/job.sbatch"), directory=Path("/home/me/lab"),
     nodes=4, devices=8, threads=12, python="/venv/bin/python", partition="gpu", account="vision", minutes=1440,
     lead_minutes=5, cpus_per_task=12, gpus_per_node=8, restarts=100, check=True,
 )  # fmt: skip
 INSIDE = {"python": "python3", "mounts": ("/data:/data:ro", "/scratch"), "made": (Path("/local/me"),),
-          "places": (Path("/home/me/work"), Path("/local/me"))}  # fmt: skip
+          "places": (Path("/home/me/lab"), Path("/local/me"))}  # fmt: skip
 JOBS = {
     "bare": BARE,
     "torchrun": dataclasses.replace(BARE, launcher="torchrun"),

@@ -2,14 +2,14 @@
 # The container of a run. `pipeline launch` wrote this file and writes it anew;
 # what it says comes from the run's config.yaml (cluster, docker).
 set -euo pipefail
-mkdir -p -- /home/me/work/runs/first
+mkdir -p -- /home/me/lab/runs/first
 exec docker run \
-  --rm --label=pipeline.run=/home/me/work/runs/first --stop-timeout=150 \
+  --rm --label=pipeline.run=/home/me/lab/runs/first --stop-timeout=150 \
   --user=1000:1000 --read-only --tmpfs=/tmp:mode=1777 --cap-drop=ALL --security-opt=no-new-privileges \
   --shm-size=8g \
   --mount=type=volume,source=pipeline-scratch,target=/scratch \
-  --mount=type=bind,source=/home/me/work/runs/first,target=/scratch/runs/first \
-  --mount=type=bind,source=/home/me/work/shards/digits,target=/scratch/shards/digits,readonly \
+  --mount=type=bind,source=/home/me/lab/runs/first,target=/scratch/runs/first \
+  --mount=type=bind,source=/home/me/lab/shards/digits,target=/scratch/shards/digits,readonly \
   --env=PIPELINE_TARGET=docker \
   --env=WANDB_API_KEY \
   pipeline train runs/first/config.yaml
