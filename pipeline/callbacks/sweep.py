@@ -139,7 +139,7 @@ def _understood(read: Callable[[], T]) -> T:
         raise ServerError(f"{server()} does not answer an agent as a W&B server does") from None
 
 
-class Heartbeat:
+class Agent:
     """The agent of a run while it trains, as a reporter of the leading rank. W&B may tell it to stop the run."""
 
     def __init__(self, agent: str, run: str, stop: Callable[[], object]):

@@ -25,13 +25,13 @@ from pipeline.callbacks.norms import Norms
 from pipeline.callbacks.population import Population
 from pipeline.callbacks.preemption import Preemption, SameStart
 from pipeline.callbacks.progress import ProgressReport
-from pipeline.callbacks.sweep import Heartbeat
+from pipeline.callbacks.sweep import Agent
 from pipeline.callbacks.throughput import Throughput
 from pipeline.callbacks.tracking import Circumstance, Reporter, Tracking
 from pipeline.callbacks.wandb_reporter import TrackingError, WandbPlace, WandbReporter
 from pipeline.callbacks.watchdog import Watchdog
 from pipeline.config import Config, ConfigError
-from pipeline.launch import heartbeat
+from pipeline.launch.heartbeat import Heartbeat, heartbeat_path
 from pipeline.launch.plan import STOPPED, add_to_start, read_record
 from pipeline.launch.pulse import Pulse, pulse_path
 from pipeline.norm import revert
@@ -130,7 +130,7 @@ def _note_machines(directory: Path, machines: list[str]) -> None:
 
 def build_watchdog(run: Assembly, console: Console) -> Watchdog:
     config, world = run.config, run.world
-    beats_at = heartbeat.heartbeat_path(world.local_rank)
+    beats_at = heartbeat_path(world.local_rank)
     return Watchdog(
         Pulse(pulse_path(world.rank)),
         rank=world.rank,
@@ -142,7 +142,7 @@ def build_watchdog(run: Assembly, console: Console) -> Watchdog:
         name=run.data.names,
         hint=f"go on with: {config.way_on}",
         say=partial(console.print, highlight=False, soft_wrap=True),
-        heartbeat=heartbeat.Heartbeat(beats_at) if beats_at else None,
+        heartbeat=Heartbeat(beats_at) if beats_at else None,
     )
 
 
@@ -188,7 +188,7 @@ def build_reporters(run: Assembly, start: Path | None, console: Console) -> list
         reporters.append(tracker)
         if tracker.mode == "online" and place.returns:
             agent = str(record.sweep["agent"])
-            reporters.append(Heartbeat(agent, place.id, partial(_stop, config.directory)))
+            reporters.append(Agent(agent, place.id, partial(_stop, config.directory)))
     return reporters
 
 
