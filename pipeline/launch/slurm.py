@@ -158,7 +158,7 @@ def _environment(job: Job) -> list[str]:
         lines.append("export " + " ".join(f"{name}={shlex.quote(value)}" for name, value in network.items()))
     if job.made:  # a container's tool mounts no directory that is not there
         made = shlex.join(map(str, job.made))
-        lines.append(f'srun --ntasks="$nodes" --ntasks-per-node=1 --cpus-per-task=1 mkdir -p -- {made}')
+        lines.append(f'srun --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpus-per-task=1 mkdir -p -- {made}')
     return lines
 
 

@@ -215,6 +215,18 @@ def test_a_check_alone_leaves_its_code(slurm):
         assert str(done.returncode) == (job.run / "logs" / "code").read_text().strip() == code
 
 
+def test_a_check_alone_makes_the_cache_of_its_container_on_every_node(slurm):
+    job = small(slurm, container="apptainer", image="/images/p.sif", made=(Path("/local/me"),))
+    (job.run / "logs").mkdir(parents=True)
+    environment = {**os.environ, "SLURM_JOB_ID": "40", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "node[1-2]",
+                   "SLURM_CPUS_PER_TASK": "12"}  # fmt: skip
+    done = subprocess.run(["/bin/bash", "-c", render_check(job)], env=environment, capture_output=True, text=True,
+                          check=False, timeout=30)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    made = "srun --ntasks=2 --ntasks-per-node=1 --cpus-per-task=1 mkdir -p -- /local/me"
+    assert made in (slurm / "calls").read_text()
+
+
 def test_a_task_of_an_array_starts_itself_alone(slurm):
     job = dataclasses.replace(small(slurm, array="0-5", restarts=1), run=slurm / "runs" / "b")
     (slurm / "runs" / "b-4" / "logs").mkdir(parents=True)
