@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -14,12 +15,14 @@ from pathlib import Path
 import pytest
 
 from pipeline import cli
-from pipeline.doctor import compare
+from pipeline.doctor import compare, nodes
 from pipeline.doctor.clock import TimeServer, clock_apart
 from pipeline.doctor.compare import Places
 from pipeline.doctor.facts import Facts
 from pipeline.doctor.findings import Finding, fault
 from pipeline.doctor.links import PHASES, Links, Timing, partners, slow
+from pipeline.doctor.meeting import LostError
+from pipeline.launch.failure import CODE
 
 VERSIONS = {"pipeline": "1", "Python": "3.11", "torch": "2.13.0", "lightning": "2.6.6"}
 
@@ -263,6 +266,23 @@ def test_without_sbatch_a_job_of_nodes_is_refused_with_the_way_out(capsys, monke
     monkeypatch.setenv("PATH", "/nowhere")
     assert cli.main(["doctor", "--nodes", *SMALL, "cluster=slurm_1x8"]) == 1
     assert "sbatch is not found: look at the nodes from where Slurm's commands are" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("error", "code"), [
+    (LostError("rank 0 at dragonet:1 has gone (reset)", gone=True), 75),
+    (LostError("rank 0 does not answer at dragonet:1 (refused)"), 2),  # whatever its host is called
+    (RuntimeError("of ours"), 1),  # before the others leave 75, with which the job would start again and again
+])  # fmt: skip
+def test_whatever_ends_a_rank_it_leaves_its_code(error, code, tmp_path: Path, monkeypatch) -> None:
+    def ends(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(nodes, "take_part", ends)
+    monkeypatch.setenv(CODE, str(tmp_path / "code"))
+    monkeypatch.setenv("RANK", "0")
+    with contextlib.suppress(RuntimeError):
+        assert cli.main(["doctor", "--nodes", "config.yaml"]) == 0
+    assert (tmp_path / "code").read_text() == str(code)
 
 
 def test_ctrl_c_does_not_wait_for_ranks_that_have_not_come(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.cli.codes import DONE, RESUMABLE, USAGE
+from pipeline.cli.codes import DONE, FAILED, RESUMABLE, USAGE, code_of
 
 if TYPE_CHECKING:
     from pipeline.config import Config
@@ -81,7 +81,10 @@ def _as_rank(options: argparse.Namespace) -> int:
 
         print(f"pipeline: rank {world.rank} on {host_name()}: {error}; see whether that node is up and reached from "
               "here (interface, route, firewall)", file=sys.stderr)  # fmt: skip
-        return _left(leave_code(RESUMABLE if "gone" in str(error) else USAGE))
+        return _left(leave_code(RESUMABLE if error.gone else USAGE))
+    except Exception as error:  # ours to mend: the others will say that this rank is gone, which alone would go on
+        leave_code(code_of(error) or FAILED)
+        raise
     code = _left(leave_code(end.code))
     if end.stuck:  # a thread in a collective would keep the interpreter from ending
         sys.stdout.flush()

@@ -22,7 +22,11 @@ _PREFIX = "doctor"
 
 
 class LostError(Exception):
-    """Rank 0, which holds the store, does not answer, or not any more."""
+    """Rank 0, which holds the store, does not answer. gone: it did, and does not any more."""
+
+    def __init__(self, message: str, *, gone: bool = False):
+        super().__init__(message)
+        self.gone = gone
 
 
 class Meeting:
@@ -69,4 +73,4 @@ class Meeting:
             return getattr(self._store, what)(*arguments)
         except RuntimeError as error:  # DistNetworkError is one
             said = (str(error).splitlines() or ["no more is known"])[0][:200]
-            raise LostError(f"rank 0 at {self.host}:{self.port} has gone ({said})") from None
+            raise LostError(f"rank 0 at {self.host}:{self.port} has gone ({said})", gone=True) from None
