@@ -16,6 +16,7 @@ TEMPLATES = _INSIDE if _INSIDE.is_dir() else _BESIDE  # inside the package once 
 SCRIPT, JOBS = "job.sbatch", "jobs"  # in a run's directory: the script, and the jobs it became, one a line
 ALONE = "nodes.sbatch"  # the template of a check without a run
 CHECK_SECONDS = 420  # of a check; ranks have 120 s to come, and 60 to measure
+WAIT_SECONDS = 240  # of srun for the others once a rank has ended: before that rank 0 has said which one never came
 _PLAIN = re.compile(r"[\w./:=,@%+-]+", re.ASCII)
 _PLACE = re.compile(r"@\{(\w+)\}")  # of a part in the template
 _ARRAY = re.compile(r"\d+(-\d+)?(,\d+(-\d+)?)*(%[1-9]\d*)?", re.ASCII)
@@ -186,7 +187,8 @@ def network_variables(interface: str, infiniband: str) -> dict[str, str]:
 def _check(job: Job, timeout: float = 0.0) -> str:
     """The start of the doctor on every rank. It ends by itself long before the time after which it is ended."""
     verb = f"doctor --nodes --timeout={timeout:g}" if timeout else "doctor --nodes"
-    parts = {"check": _lines(_task(job, verb, bad_exit=0)), "seconds": str(CHECK_SECONDS + int(timeout))}
+    parts = {"check": _lines(_task(job, verb, wait=WAIT_SECONDS + int(timeout))),
+             "seconds": str(CHECK_SECONDS + int(timeout))}  # fmt: skip
     return _filled(_template("check.sh"), parts) + "\n"
 
 
@@ -194,12 +196,12 @@ def _lines(lines: list[str]) -> str:
     return "\n".join(f"  {line}" for line in lines)
 
 
-def _task(job: Job, verb: str, bad_exit: int = 1) -> list[str]:
+def _task(job: Job, verb: str, wait: int = 0) -> list[str]:
     """The command that starts every rank, a line for each of its parts, as elements of an array of bash.
 
-    bad_exit: 1 = a rank that fails ends the others; 0 = each ends by itself, or a minute after the first of them.
+    wait: 0 = a rank that fails ends the others; else each ends by itself, or so many seconds after the first of them.
     """
-    lines = _inside(job, "srun --kill-on-bad-exit=1" if bad_exit else "srun --kill-on-bad-exit=0 --wait=60")
+    lines = _inside(job, f"srun --kill-on-bad-exit=0 --wait={wait}" if wait else "srun --kill-on-bad-exit=1")
     train = f'-m pipeline {verb} "$run/config.yaml"'
     if job.launcher == "srun":
         return [*lines, f"{_words(job.python)} {train}"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -15,6 +16,7 @@ import pytest
 
 from pipeline import cli
 from pipeline.config import ConfigError, compose_config, read_config
+from pipeline.doctor.nodes import ARRIVAL_SECONDS, LINK_SECONDS
 from pipeline.launch.failure import CODE, leave_code
 from pipeline.launch.plan import read_record
 from pipeline.launch.slurm import TEMPLATES, Job, array_numbers, render, render_check
@@ -198,6 +200,14 @@ def test_a_check_that_is_interrupted_is_no_end(slurm, check):
     code, said = run_script(small(slurm, restarts=9), CHECK=check)
     assert (code, "starts itself again, 1 of at most 9 times" in said) == (0, True)
     assert "train" not in (slurm / "calls").read_text()
+
+
+@pytest.mark.parametrize("timeout", [0.0, 30.0, 600.0])
+def test_srun_ends_no_rank_that_still_waits_for_one_which_failed_at_its_start(timeout):
+    """Killed before, they would not say which it was, and the job would go on as after a kill from outside."""
+    text = render_check(BARE, timeout)
+    waits, ends = (int(re.search(pattern, text)[1]) for pattern in (r"--wait=(\d+)", r"--kill-after=20 (\d+)"))
+    assert (timeout or ARRIVAL_SECONDS) + LINK_SECONDS + 60 <= waits < ends  # 60 until rank 0's Python has started
 
 
 def test_the_check_is_left_out_where_nobody_wants_it(slurm):
