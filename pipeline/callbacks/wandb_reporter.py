@@ -230,6 +230,10 @@ def server() -> str:
 def asked(operation: str, query: str, variables: dict[str, Any], *, seconds: float) -> dict[str, Any]:
     """What the server answers to a question of GraphQL. Raises ServerError."""
     url = server()
+    user, _, host = urllib.parse.urlsplit(url).netloc.rpartition("@")
+    if user:  # http.client takes it for a part of the host, and says so in its errors
+        raise ServerError(f"WANDB_BASE_URL holds a name or password for {host}; leave it out, the key says who asks "
+                          "(WANDB_API_KEY)")  # fmt: skip
     key = _key(url)
     if key is None:
         raise ServerError(f"there is no key for {url}: set WANDB_API_KEY, or run `wandb login`")

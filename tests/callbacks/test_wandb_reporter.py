@@ -278,6 +278,16 @@ def test_no_key_is_sent_written_or_said(server, monkeypatch, tmp_path):
     assert not any(KEY[:20].encode() in path.read_bytes() for path in files)
 
 
+@pytest.mark.parametrize("host", ["127.0.0.1:9", "127.0.0.1"])
+def test_a_password_in_the_address_of_the_server_is_refused_and_not_said(monkeypatch, host):
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.setenv("WANDB_BASE_URL", f"http://me:hunter2@{host}")
+    wandb.teardown()
+    with pytest.raises(ServerError, match=f"WANDB_BASE_URL holds a name or password for {host}; leave it out") as error:
+        last_position_on_server(PLACE, seconds=2)
+    assert "hunter2" not in str(error.value)
+
+
 def test_the_server_is_asked_how_far_it_is(server, monkeypatch, tmp_path):
     assert last_position_on_server(PLACE, seconds=2) == -1
     start(tmp_path, rows=rows(5))
