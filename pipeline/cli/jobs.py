@@ -55,19 +55,20 @@ def _submit(config: Config, array: str, sweep: str, force: bool) -> int:
     with ExitStack() as held:
         for number, run in enumerate(runs):
             held.enter_context(locked(run.directory))
+            _refuse_second_job(run)  # of another launch, while the doctor looked
             runs[number] = freeze_run(run, sweep)
             write_atomically(run.directory / MANIFEST, (dataset.directory / MANIFEST).read_bytes())
             (run.directory / "logs").mkdir(exist_ok=True)
         script = render(slurm_job(runs, array, sweep))
         path = runs[0].directory / SCRIPT
         path.write_text(script)
-    print(script)
-    job = queue.submit(path)
-    for run, number in zip(runs, numbers_of(array), strict=True):
-        name = f"{job}_{number}" if array else job
-        with (run.directory / JOBS).open("a") as file:
-            file.write(f"{name}\n")
-        print(f"job {name}: {run.run.id}, log {run.directory.absolute() / 'logs' / f'job-{name}.log'}")
+        print(script)
+        job = queue.submit(path)
+        for run, number in zip(runs, numbers_of(array), strict=True):
+            name = f"{job}_{number}" if array else job
+            with (run.directory / JOBS).open("a") as file:
+                file.write(f"{name}\n")
+            print(f"job {name}: {run.run.id}, log {run.directory.absolute() / 'logs' / f'job-{name}.log'}")
     print(f"follow it with: pipeline launch --follow {runs[0].directory}")
     return DONE
 

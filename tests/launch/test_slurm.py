@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from pipeline import cli
+from pipeline.cli import preflight
 from pipeline.config import ConfigError, compose_config, read_config
 from pipeline.doctor.nodes import ARRIVAL_SECONDS, LINK_SECONDS
 from pipeline.launch.failure import CODE, leave_code
@@ -328,6 +329,22 @@ def test_a_run_that_is_in_the_queue_is_not_submitted_twice(slurm, shards, capsys
     monkeypatch.delenv("QUEUE")
     assert launch(shards, "cluster.nodes=4") == 0  # goes on, on other nodes
     assert read_config(slurm / "runs" / "a" / "config.yaml").world == 32
+
+
+def test_of_two_launches_of_a_run_at_once_one_submits(slurm, shards, capsys, monkeypatch):
+    examined = preflight.before_submission
+
+    def meanwhile(*arguments, **named):
+        (slurm / "runs" / "a").mkdir(parents=True)
+        (slurm / "runs" / "a" / "jobs").write_text("40\n")  # of the other, which was faster
+        (slurm / "runs" / "a" / "config.yaml").write_text("schema: 1\n")
+        monkeypatch.setenv("QUEUE", "40|PENDING|0:00|(Priority)\n")
+        return examined(*arguments, **named)
+
+    monkeypatch.setattr(preflight, "before_submission", meanwhile)
+    assert launch(shards) == 2
+    assert "run.id = a has job 40 in the queue" in capsys.readouterr().err
+    assert "sbatch --parsable" not in (slurm / "calls").read_text()
 
 
 def test_a_dry_run_asks_doctor_and_slurm_and_leaves_nothing(slurm, shards, capsys, monkeypatch):
