@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import os
 import sys
 import tempfile
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from pipeline.doctor.findings import Finding
     from pipeline.doctor.nodes import Examined
 
-_MINUTES = 15  # that the job of a check asks for
+_MINUTES = 15  # that the job of a check asks for, besides --timeout
 REPORT = "PIPELINE_REPORT"  # set by our job script: the file in which rank 0 leaves the report as JSON
 
 
@@ -155,8 +156,9 @@ def _by_slurm(options: argparse.Namespace, config: Config) -> int:
         job = queue.submit(_written(config, directory, options.timeout or 0.0))
         try:
             queue.follow(job, directory / "logs" / f"job-{job}.log", sys.stderr if options.json else sys.stdout)
-        except KeyboardInterrupt:
-            queue.cancel([job])
+        except BaseException:  # Ctrl-C, or a queue that does not answer: nobody waits for it any more
+            with contextlib.suppress(queue.QueueError):
+                queue.cancel([job])
             raise
         report = directory / "logs" / f"nodes-{job}.json"
         if options.json and report.exists():
@@ -184,7 +186,8 @@ def _written(config: Config, directory: Path, timeout: float) -> Path:
     (directory / "logs").mkdir()
     (directory / CONFIG).write_text(to_yaml(config))
     job = slurm_job([completed(config, run={"dir": str(directory.parent), "id": directory.name})])
-    minutes = min(job.minutes or _MINUTES, _MINUTES)  # the shorter a job is, the sooner a gap is found for it
+    most = _MINUTES + math.ceil(timeout / 60)
+    minutes = min(job.minutes or most, most)  # the shorter a job is, the sooner a gap is found for it
     script = directory / ALONE
     script.write_text(render_check(
         replace(job, name="doctor", minutes=minutes, lead_minutes=0, options=(*job.options, "--no-requeue")), timeout

@@ -44,6 +44,11 @@ def add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
 def doctor(options: argparse.Namespace) -> int:
     if options.nodes:
         return doctor_nodes(options)
+    if options.timeout:
+        from pipeline.config import ConfigError
+
+        raise ConfigError(f"--timeout {options.timeout:g} is for ranks to come, which --nodes starts; add that, or "
+                          "leave it out")  # fmt: skip
     from pipeline.doctor import report
 
     def examination(say: Say) -> Iterable[Finding]:

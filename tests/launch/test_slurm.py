@@ -18,6 +18,7 @@ from pipeline import cli
 from pipeline.cli import preflight
 from pipeline.config import ConfigError, compose_config, read_config
 from pipeline.doctor.nodes import ARRIVAL_SECONDS, LINK_SECONDS
+from pipeline.launch import queue
 from pipeline.launch.failure import CODE, leave_code
 from pipeline.launch.plan import read_record
 from pipeline.launch.slurm import TEMPLATES, Job, array_numbers, render, render_check
@@ -392,6 +393,25 @@ def test_a_warning_is_a_line_and_no_obstacle(slurm, shards, capsys):
     said = capsys.readouterr().err.splitlines()
     assert said == ["warning  W&B: there is no key: tracking.mode = auto falls back to offline -> set WANDB_API_KEY, "
                     "or run `wandb login`, or choose tracking.mode=offline"]  # fmt: skip
+
+
+def test_a_check_alone_whose_queue_is_lost_leaves_no_job(slurm, capsys, monkeypatch):
+    def lost(job, *_):
+        (path,) = slurm.glob(".doctor-*/nodes.sbatch")
+        assert "--time=25" in path.read_text()  # as long as its ranks may take
+        raise queue.QueueError(f"squeue has not answered for {job}; try again later")
+
+    monkeypatch.setattr(queue, "follow", lost)
+    words = ["doctor", "--nodes", "cluster=slurm_1x8", f"run.dir={slurm}", "--timeout=600"]
+    assert cli.main(words) == 1
+    assert "squeue has not answered for 41; try again later" in capsys.readouterr().err
+    assert "scancel 41" in (slurm / "calls").read_text()
+    assert list(slurm.glob(".doctor-*")) == []
+
+
+def test_a_time_for_ranks_without_ranks_is_refused(capsys):
+    assert cli.main(["doctor", "--timeout=5", "cluster=slurm_1x8"]) == 2
+    assert "--timeout 5 is for ranks to come, which --nodes starts; add that" in capsys.readouterr().err
 
 
 def test_digits_are_packed_by_a_submission_and_not_by_a_dry_run(slurm, capsys):
