@@ -219,6 +219,8 @@ def _check_data(facts: Facts, config: Config, dataset: list[Dataset]) -> Iterato
     """The data set, if it is there: its digest, and every shard in its size. Reads no shard."""
     data, location = config.data, Location(*config.data.location)
     root = Path(location.root)
+    if location.is_cached and location.unset_variables:
+        return  # the cache's own fault
     if not location.is_remote and not root.exists():
         if data.source and not data.digest:
             yield warning("shards", f"data.root = {data.root} is made at the first start: no shard was looked at",
@@ -250,6 +252,10 @@ def _check_data(facts: Facts, config: Config, dataset: list[Dataset]) -> Iterato
 
 def _check_cache(facts: Facts, config: Config) -> Iterator[Finding]:
     location = Location(*config.data.location)
+    if location.unset_variables:
+        if location.is_cached:  # else nothing of the run's goes there
+            yield of_message("cache", location.unset_variables)
+        return
     place = location.cache_directory
     facts.cache = str(place)
     there = machine.existing(place)

@@ -193,6 +193,16 @@ def test_a_node_without_the_shards_is_named_and_all_faults_are_shown(shards, tmp
     assert {link.phase for link in examined.links.values()} == {"end"}  # the network was measured all the same
 
 
+def test_a_cache_whose_variable_a_node_lacks_is_one_fault_and_none_where_no_shard_goes_there(shards) -> None:
+    cache = "data.cache=$PIPELINE_NOWHERE/cache"
+    examined = looked(shards, more={1: [cache, "data.stage=true"]})
+    (found,) = faults(examined)
+    assert "(node 1): data.cache = $PIPELINE_NOWHERE/cache: PIPELINE_NOWHERE is not set on this node" in found.text
+    assert found.way_out == "set what is missing, or name the directory without it"
+    assert code(examined) == 3
+    assert faults(looked(shards, more={0: [cache], 1: [cache]})) == []
+
+
 def test_a_rank_that_never_comes_is_named_within_its_time(shards) -> None:
     examined = looked(shards, {2: "absent"}, world=3, seconds=4)
     (found,) = faults(examined)
