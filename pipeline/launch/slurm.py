@@ -19,6 +19,7 @@ CHECK_SECONDS = 420  # of a check; ranks have 120 s to come, and 60 to measure
 WAIT_SECONDS = 240  # of srun for the others once a rank has ended: before that rank 0 has said which one never came
 _PLAIN = re.compile(r"[\w./:=,@%+-]+", re.ASCII)
 _PLACE = re.compile(r"@\{(\w+)\}")  # of a part in the template
+_MOST = 10_000  # runs of an array; Slurm's own bound is 1,000 where its MaxArraySize was not raised
 _ARRAY = re.compile(r"\d+(-\d+)?(,\d+(-\d+)?)*(%[1-9]\d*)?", re.ASCII)
 
 
@@ -138,7 +139,11 @@ def array_numbers(text: str) -> list[int]:
     numbers: list[int] = []
     for part in text.partition("%")[0].split(","):
         first, _, last = part.partition("-")
-        numbers += range(int(first), int(last or first) + 1)
+        more = range(int(first), int(last or first) + 1)
+        if len(numbers) + len(more) > _MOST:
+            raise ValueError(f"--array {text} gives more than {_MOST:,} runs; launch them in parts, as 0-999 and "
+                             "1000-1999")  # fmt: skip
+        numbers += more
     if not numbers or len(set(numbers)) != len(numbers):
         raise ValueError(f"--array {text} gives no number, or one twice; write each once, as 0-5")
     return numbers

@@ -292,7 +292,7 @@ def test_srun_is_believed_only_where_our_script_says_so():
 def test_numbers_of_an_array():
     assert array_numbers("0-5%2") == [0, 1, 2, 3, 4, 5]
     assert array_numbers("1,4,7-9") == [1, 4, 7, 8, 9]
-    for text in ("", "a", "5-1", "1,1", "0-3%0", "0-3;x"):
+    for text in ("", "a", "5-1", "1,1", "0-3%0", "0-3;x", "0-99999999"):
         with pytest.raises(ValueError, match="--array"):
             array_numbers(text)
 
