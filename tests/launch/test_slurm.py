@@ -89,7 +89,10 @@ def slurm(tmp_path, monkeypatch):
         program(bin_, name, f"""
 [[ "$1 $2" != "show hostnames" ]] || {{ echo node1; echo node2; exit 0; }}
 echo "{name} $*" >>'{tmp_path}/calls'
-if [[ {name} == srun && "$*" == *" doctor --nodes "* ]]; then exit "${{CHECK:-0}}"; fi
+if [[ {name} == srun && "$*" == *" doctor --nodes "* ]]; then
+  [[ -z ${{SIGNAL:-}} ]] || kill -s "$SIGNAL" "$(ps -o ppid= -p $PPID)"
+  exit "${{CHECK:-0}}"
+fi
 if [[ {name} == srun ]]; then
   printf '%s\\0' "$@" >'{tmp_path}/words'
   [[ -z ${{LEAVES:-}} ]] || echo "$LEAVES" >"$PIPELINE_CODE"
@@ -210,6 +213,12 @@ def test_srun_ends_no_rank_that_still_waits_for_one_which_failed_at_its_start(ti
     text = render_check(BARE, timeout)
     waits, ends = (int(re.search(pattern, text)[1]) for pattern in (r"--wait=(\d+)", r"--kill-after=20 (\d+)"))
     assert (timeout or ARRIVAL_SECONDS) + LINK_SECONDS + 60 <= waits < ends  # 60 until rank 0's Python has started
+
+
+def test_nothing_is_started_any_more_once_slurm_ends_the_job(slurm):
+    code, said = run_script(small(slurm, restarts=9), SIGNAL="TERM")
+    assert (code, "interrupted, and can go on; Slurm ends this job" in said) == (75, True), said
+    assert "train" not in (slurm / "calls").read_text()
 
 
 def test_the_check_is_left_out_where_nobody_wants_it(slurm):
