@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -45,9 +46,12 @@ def in_sweep(config: Config, text: str) -> tuple[Config, str]:
 
 
 def draw(directory: Path) -> int:
-    """Give a run the parameters of its sweep, once: 0, 4 where the sweep has no more, 75 where W&B cannot be had."""
+    """Give a run the parameters of its sweep, once: 0, 4 where the sweep has no more, 75 where W&B cannot be had.
+
+    Raises ConfigError where there is no key to ask with.
+    """
     from pipeline.callbacks import sweep
-    from pipeline.callbacks.wandb_reporter import ServerError
+    from pipeline.callbacks.wandb_reporter import ServerError, wandb_mode
     from pipeline.config import ConfigError
     from pipeline.launch.lock import locked
     from pipeline.launch.plan import CONFIG, read_record
@@ -59,6 +63,11 @@ def draw(directory: Path) -> int:
     if is_ready(config):
         return DONE
     place = sweep.Sweep(config.tracking.entity, config.tracking.project, str(record.sweep["id"]))
+    if wandb_mode("auto") != "online":  # at another start there would be none again
+        raise ConfigError(
+            f"sweep {place}: no key of W&B is seen on {socket.gethostname()}, where its run starts; launch it with "
+            "WANDB_API_KEY set, or let the container see ~/.netrc (slurm.mounts)"
+        )
     with locked(directory):
         if "parameters" not in read_record(directory).sweep:  # asked again: who held the lock may have drawn
             try:

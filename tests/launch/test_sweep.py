@@ -166,6 +166,14 @@ def test_a_paused_sweep_is_waited_for_and_then_said(server, slurm, shards, capsy
     assert draw(slurm / "runs" / "a") == 0
 
 
+def test_a_node_that_sees_no_key_ends_its_element_and_does_not_start_again(server, slurm, shards, capsys, monkeypatch):  # noqa: F811
+    server.sweep(*RATES)
+    assert launch(shards, "--sweep", "pipeline/swept") == 0
+    monkeypatch.delenv("WANDB_API_KEY")  # that of ~/.netrc, which a container does not see
+    assert draw(slurm / "runs" / "a") == 2
+    assert "no key of W&B is seen on" in capsys.readouterr().err
+
+
 def test_a_job_whose_sweep_is_over_starts_nothing_and_one_that_cannot_ask_starts_again(slurm):  # noqa: F811
     job = small(slurm, draws=True, restarts=3)
     code, said = run_script(job, ENDS="4")
