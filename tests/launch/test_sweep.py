@@ -186,7 +186,7 @@ def test_a_job_whose_sweep_is_over_starts_nothing_and_one_that_cannot_ask_starts
     assert (code, "ended with code 2: another start would end there again" in said) == (2, True)
     (slurm / "calls").unlink()
     assert run_script(job)[0] == 0
-    assert (slurm / "calls").read_text().count("srun") == 2
+    assert (slurm / "calls").read_text().count("srun") == 3  # the draw, the check, the run
     assert words(slurm)[-2:] == ["train", f"{job.run}/config.yaml"]
 
 
