@@ -25,7 +25,7 @@ NOT_SUBMITTED = "pipeline: not submitted; mend what is at fault, or submit it al
 
 def add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     p = add_verb(
-        verbs, "doctor", doctor, "look for what would keep a run from working; starts nothing, leaves nothing behind",
+        verbs, "doctor", doctor, "look for what would keep a run from working; trains nothing, leaves nothing behind",
         "pipeline doctor recipe=bn_x5 data=digits cluster.devices=2\n"
         "  pipeline doctor runs/first/config.yaml --json\n"
         "  pipeline doctor --nodes recipe=bn_x5 data=imagenet cluster=slurm_4x8 slurm.partition=gpu\n\n"

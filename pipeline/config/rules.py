@@ -67,6 +67,10 @@ def checked(config: Config) -> Config:
     return config
 
 
+# A variable of a secret's name, given anything but what another variable or command says.
+_SECRET = re.compile(r"\b(\w*(?:_KEY|TOKEN|SECRET|PASSWORD))=(?![\"']?\$)[\"']?\w")
+
+
 def _check_slurm(c: Config) -> None:
     slurm = c.slurm
     _check_plain(slurm, "slurm.")
@@ -80,6 +84,10 @@ def _check_slurm(c: Config) -> None:
         if not option.startswith("--"):
             raise ConfigError(f"slurm.options holds {option!r}, which is no option of sbatch; write --name=value")
     _check_mounts("slurm.mounts", slurm.mounts)
+    for line in slurm.setup:
+        if secret := _SECRET.search(line):
+            raise ConfigError(f"slurm.setup gives {secret[1]} a value, which would stand in config.yaml, in the script "
+                              f"and in W&B; keep it in a file of mode 0600: export {secret[1]}=$(<FILE)")  # fmt: skip
     if slurm.lead_minutes and slurm.minutes and slurm.lead_minutes >= slurm.minutes:
         raise ConfigError(f"slurm.lead_minutes = {slurm.lead_minutes} leaves nothing of slurm.minutes = "
                           f"{slurm.minutes}; lower it, or 0 for no signal")  # fmt: skip

@@ -297,6 +297,14 @@ def test_the_server_is_asked_how_far_it_is(server, monkeypatch, tmp_path):
         last_position_on_server(PLACE, seconds=2)
 
 
+def test_the_key_goes_to_no_other_server_that_a_redirect_names(server):
+    with WandbServer() as other:
+        server.elsewhere, server.fault["every"] = other.environment["WANDB_BASE_URL"], 302
+        with pytest.raises(ServerError, match="answers with status 302"):
+            last_position_on_server(PLACE, seconds=2)
+        assert other.received == []
+
+
 @pytest.mark.slow
 def test_a_stop_on_the_page_of_a_run_reaches_it(tmp_path, server):
     """W&B's client hears of it in an answer to its rows, which it sends every 15 s."""

@@ -65,6 +65,7 @@ class WandbServer:
         self.stop: set[str] = set()  # runs that their agents are told to stop
         self._one = threading.Lock()  # agent at a time
         self.calls: Counter[str] = Counter()
+        self.elsewhere = ""  # where a fault of 3xx sends the client
         self.received: list[bytes] = []
         self.fault: dict[str, int | float] = fault
         server = self
@@ -110,6 +111,8 @@ class WandbServer:
             def reply(self, status: int, answer: dict) -> None:
                 data = json.dumps(answer).encode()
                 self.send_response(status)
+                if server.elsewhere:
+                    self.send_header("Location", server.elsewhere)
                 self.send_header("Content-Length", str(len(data)))
                 self.end_headers()
                 self.wfile.write(data)

@@ -520,7 +520,15 @@ def test_errors_name_field_value_rule_and_way_out(slurm, shards, capsys, monkeyp
     ("slurm.interface='ib0 eth0'", "slurm.interface = 'ib0 eth0' is no list of names; give them as `ip link`"),
     ("slurm.infiniband='a;b'", "slurm.infiniband = 'a;b' is no list of names"),
     ("slurm.lead_minutes=1", "slurm.lead_minutes = 1 is shorter than cluster.lead_seconds = 120"),
+    ("slurm.setup=['export WANDB_API_KEY=abc']", "slurm.setup gives WANDB_API_KEY a value, which would stand in"),
+    ("slurm.setup=[\"A=1 HF_TOKEN='x' true\"]", "slurm.setup gives HF_TOKEN a value"),
 ])  # fmt: skip
 def test_what_no_script_can_be_made_of_is_refused_where_it_is_typed(override, said):
     with pytest.raises(ConfigError, match=said):
         compose_config(["data=digits", "cluster=slurm_1x8", override])
+
+
+def test_setup_may_read_a_secret_from_where_it_is_kept():
+    lines = ["export WANDB_API_KEY=$(<~/.wandb)", 'export HF_TOKEN="$(pass hf)"', "export TOKENIZERS_PARALLELISM=false"]
+    config = compose_config(["data=digits", "cluster=slurm_1x8", f"slurm.setup={lines!r}"])
+    assert config.slurm.setup == lines

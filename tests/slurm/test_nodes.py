@@ -86,3 +86,13 @@ def test_nodes_are_looked_at_alone_in_a_job_that_leaves_nothing(slurm, shards: P
     assert (report["verdict"], [fact["host"] for fact in report["ranks"]]) == ("go", ["pltest1"] * 2 + ["pltest2"] * 2)
     assert "GO: " in output.err
     assert list(tmp_path.iterdir()) == []
+
+
+@slow
+def test_ranks_that_do_not_come_are_named_and_end_the_job(slurm, shards: Path, tmp_path: Path) -> None:
+    run = launch(shards, tmp_path, "run", *SHORT, on_the_second_node(tmp_path, "exit 1"))
+    assert over(run) == "FAILED", log(run)
+    assert "ranks 2, 3 on pltest2 did not come within 120 s" in log(run)
+    assert "ended with code 2: another start would end there again, there is none" in log(run)
+    assert read_record(run).starts == []
+    assert len(jobs(run)) == 1
