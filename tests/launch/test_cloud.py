@@ -174,7 +174,7 @@ def node(tmp_path):
 echo "rank of node $PIPELINE_NODE at $MASTER_ADDR:$MASTER_PORT in $PWD for $PIPELINE_TARGET: $*"
 trap 'echo told; exit 75' TERM
 touch started
-[[ -z ${WAITS:-} ]] || { sleep 30 & wait $!; }
+[[ -z ${WAITS:-} ]] || { sleep 30 >/dev/null 2>&1 & wait $!; }
 exit "${ENDS:-0}" """,
     )
     program(tmp_path, "sleep", '[[ $1 == 120 ]] && echo "sleeps $1" || exec /bin/sleep "$@"')
