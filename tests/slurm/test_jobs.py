@@ -402,11 +402,11 @@ def test_an_array_is_a_job_for_each_of_its_runs(slurm, shards, tmp_path) -> None
 
 def test_slurm_and_bash_read_every_name_as_it_is(slurm, shards, tmp_path) -> None:
     name = "it's #1 $(touch hacked) 100%j"
-    noted = f"printf '%s\\n' \"$@\" >>{tmp_path}/words"
+    noted = f"printf '%s\\n' \"$@\" >>{tmp_path}/words-$SLURM_PROCID"
     run = launch(
         shards, tmp_path / "a b; c", "unused", wrapper(tmp_path, noted), UNCHECKED, f'run.id="{name}"'
     ).with_name(name)
     assert over(run) == "COMPLETED"
     assert (run / "logs" / f"job-{jobs(run)[0]}.log").read_text().endswith("the run is done\n")
-    assert (tmp_path / "words").read_text().splitlines()[:4] == ["-m", "pipeline", "train", f"{run}/config.yaml"]
+    assert (tmp_path / "words-0").read_text().splitlines()[:4] == ["-m", "pipeline", "train", f"{run}/config.yaml"]
     assert list(tmp_path.rglob("hacked")) == []
