@@ -273,7 +273,8 @@ def engine(tmp_path, monkeypatch):
         f"""
 echo "$*" >>'{tmp_path}/calls'
 case $1 in
-  run) trap 'echo signalled; exit 75' TERM; touch '{tmp_path}/started'; [[ -z ${{WAITS:-}} ]] || {{ sleep 30 & wait; }}
+  run) trap 'echo signalled; exit 75' TERM; touch '{tmp_path}/started'
+       [[ -z ${{WAITS:-}} ]] || {{ sleep 30 >/dev/null 2>&1 & wait; }}
        exit "${{ENDS:-0}}" ;;
   ps) printf '%b' "${{PS:-}}" ;;
   image) [[ $5 != absent ]] ;;
