@@ -6,6 +6,7 @@ from pipeline.config import (
     CONF,
     Config,
     ConfigError,
+    by_key,
     completed,
     compose_config,
     differences,
@@ -35,7 +36,16 @@ def test_every_recipe_composes_with_every_data_set(recipe, data):
 
 
 def test_every_file_of_the_axes_is_a_page_with_its_command():
-    assert set(RECIPES) == {"inception", "bn_baseline", "bn_x5", "bn_x30", "bn_x5_sigmoid", "smoke"}
+    assert set(RECIPES) == {
+        "inception",
+        "bn_baseline",
+        "bn_x5",
+        "bn_x30",
+        "bn_x5_sigmoid",
+        "smoke",
+        "mlp_sigmoid",
+        "mlp_sigmoid_bn",
+    }
     assert set(DATA) == {"digits", "cifar10", "mnist", "imagenet", "folder"}
     for recipe in RECIPES:
         page = (CONF / "recipe" / f"{recipe}.yaml").read_text()
@@ -57,7 +67,7 @@ def test_recipes_carry_the_papers_values():
     rates = {name: c.optimizer.rate for name, c in values.items()}
     assert rates == {
         "inception": 0.0015, "bn_baseline": 0.0015, "bn_x5": 0.0075, "bn_x30": 0.045, "bn_x5_sigmoid": 0.0075,
-        "smoke": 0.0075,
+        "smoke": 0.0075, "mlp_sigmoid": 0.1, "mlp_sigmoid_bn": 0.1,
     }  # fmt: skip
     baseline = values["bn_baseline"]
     for name in ("bn_x5", "bn_x30", "bn_x5_sigmoid"):
@@ -70,7 +80,10 @@ def test_recipes_carry_the_papers_values():
         assert (plain.model.dropout, plain.model.response_norm, plain.augment.photometric) == (0.4, True, "full")
     assert values["inception"].model.name == "inception"
     assert values["bn_x5_sigmoid"].model.activation == "sigmoid"
-    assert all(c.optimizer.rate_batch_size == 32 for c in values.values())
+    assert all(c.optimizer.rate_batch_size == 32 for name, c in values.items() if "mlp" not in name)
+    bare, normalized = (by_key(asdict(values[name])) for name in ("mlp_sigmoid", "mlp_sigmoid_bn"))
+    assert bare["data.global_batch_size"] == 60  # of section 4.1, as are the layers (models/mlp.py)
+    assert {key for key in bare if bare[key] != normalized[key]} == {"run.recipe", "model.name"}
 
 
 def test_cifar10_changes_nothing_of_a_recipe_but_what_its_page_states():

@@ -59,7 +59,7 @@ def settle(config: Config, *, elsewhere: bool = False) -> tuple[Config, Dataset]
     classes = data.num_classes or len(manifest.classes)
     for split in ("train", "val"):  # labels within the classes
         dataset.split(split, classes)
-    if config.model.name not in ("bn_inception", "inception"):  # torchvision's list takes seconds
+    if config.model.name not in ("bn_inception", "inception", "bn_mlp", "mlp"):  # torchvision's list takes seconds
         from pipeline.models.registry import check_name
 
         try:

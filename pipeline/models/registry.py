@@ -9,8 +9,12 @@ from torch import nn
 
 from pipeline.models.blocks import NormFactory, SampleDropout
 from pipeline.models.inception import bn_inception, inception
+from pipeline.models.mlp import bn_mlp, mlp
 
-MODELS: Mapping[str, Callable[..., nn.Module]] = {"bn_inception": bn_inception, "inception": inception}
+MODELS: Mapping[str, Callable[..., nn.Module]] = {
+    "bn_inception": bn_inception, "inception": inception, "bn_mlp": bn_mlp, "mlp": mlp,
+}  # fmt: skip
+DENSE = ("bn_mlp", "mlp")  # whose weights depend on the size of an image
 
 # Their auxiliary heads return other types from forward; without them they are classifiers like the rest.
 _TORCHVISION_OPTIONS = {
@@ -22,9 +26,9 @@ _TORCHVISION_OPTIONS = {
 def build(name: str, *, num_classes: int, norm: NormFactory | None = None, **options: object) -> nn.Module:
     """A classifier of images (N, 3, H, W) into num_classes logits.
 
-    name: "bn_inception", "inception", or any torchvision classification model. norm(channels) builds
+    name: "bn_inception", "inception", "bn_mlp", "mlp", or any torchvision classification model. norm(channels) builds
     the norms of our own; torchvision's keep torch's, to be converted by the caller. options: those of
-    InceptionNetwork; torchvision models take `dropout` alone. Raises ValueError naming the nearest
+    InceptionNetwork or DenseNetwork; torchvision models take `dropout` alone. Raises ValueError naming the nearest
     model, or the options that do not exist.
     """
     if name in MODELS:

@@ -25,7 +25,7 @@ from pipeline.data.loader import Batching
 from pipeline.data.shards import DataError
 from pipeline.launch.environment import LaunchedEnvironment
 from pipeline.launch.plan import worker_count
-from pipeline.models.registry import MODELS
+from pipeline.models.registry import DENSE, MODELS
 from pipeline.norm import SyncBatchNorm, convert
 from pipeline.training.checkpoint import Checkpoints
 from pipeline.training.checkpoint_io import CheckpointFiles
@@ -125,10 +125,13 @@ def build_model(config: Config) -> torch.nn.Module:
     options: dict[str, Any] = {} if model.dropout is None else {"dropout": model.dropout}
     if model.name in MODELS:
         factory = partial(SyncBatchNorm, group_size=norm.group_size, momentum=norm.momentum, eps=norm.eps)
+        options |= {"image_size": config.data.image_size} if model.name in DENSE else {
+            "width": model.width, "stem": model.stem, "response_norm": model.response_norm,
+            "auxiliary_head": model.auxiliary_head, "literal_fig5": model.literal_fig5,
+        }  # fmt: skip
         return models.build(
-            model.name, num_classes=config.data.num_classes, norm=factory, width=model.width, stem=model.stem,
-            activation=model.activation, response_norm=model.response_norm, auxiliary_head=model.auxiliary_head,
-            literal_fig5=model.literal_fig5, initial_gain=model.initial_gain, **options,
+            model.name, num_classes=config.data.num_classes, norm=factory, activation=model.activation,
+            initial_gain=model.initial_gain, **options,
         )  # fmt: skip
     try:
         network = models.build(model.name, num_classes=config.data.num_classes, **options)
