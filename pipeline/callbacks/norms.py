@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning
 
+from pipeline.callbacks.step_table import StepTable
 from pipeline.norm.health import Health, Watch
 from pipeline.training.classifier import Classifier
 
@@ -21,18 +22,13 @@ class Norms(lightning.Callback):
     """
 
     def __init__(self, path: Path, *, every_steps: int):
-        self.path, self.every_steps = path, every_steps
+        self.table, self.every_steps = StepTable(path, COLUMNS), every_steps
         self._watch: Watch | None = None
         self._step = 0
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self._step = trainer.global_step
-        lines = self.path.read_text().splitlines(keepends=True)[1:] if self.path.exists() else []
-        temporary = self.path.with_name(f".{self.path.name}.tmp")
-        with temporary.open("w") as file:
-            file.write(",".join(COLUMNS) + "\n")
-            file.writelines(line for line in lines if _is_kept(line, self._step))
-        temporary.replace(self.path)
+        self.table.begin(self._step)
 
     def on_train_batch_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
@@ -52,14 +48,4 @@ class Norms(lightning.Callback):
         figures = self._watch.read()
         self._watch.close()
         self._watch = None
-        with self.path.open("a") as file:
-            file.writelines(
-                f"{self._step},{layer},{','.join(f'{value:.4g}' for value in astuple(health))}\n"
-                for layer, health in figures.items()
-            )
-
-
-def _is_kept(line: str, last_step: int) -> bool:
-    """Whether it is whole, and of a step that was not undone."""
-    step = line.partition(",")[0]
-    return line.endswith("\n") and step.isdigit() and int(step) <= last_step
+        self.table.append((self._step, layer, *map(float, astuple(health))) for layer, health in figures.items())

@@ -77,10 +77,20 @@ class Segment:
         for record in _records(self.path.read_bytes()):
             message = wandb_internal_pb2.Record.FromString(record)  # type: ignore[attr-defined]
             if message.WhichOneof("record_type") == "history":
-                row = {"/".join(item.nested_key) or item.key: item.value_json for item in message.history.item}
+                row: Values = {}
+                for item in message.history.item:
+                    _put(row, list(item.nested_key) or [item.key], json.loads(item.value_json))
                 if "step" in row:
-                    found.append({name: json.loads(text) for name, text in row.items() if not name.startswith("_")})
+                    found.append({name: value for name, value in row.items() if not name.startswith("_")})
         return found
+
+
+def _put(row: Values, path: list[str], value: object) -> None:
+    """At a path of keys: W&B's client takes a histogram apart into its type, values and bins."""
+    *outer, name = path
+    for key in outer:
+        row = row.setdefault(key, {})
+    row[name] = value
 
 
 def segments(directory: Path, wandb_id: str) -> list[Segment]:

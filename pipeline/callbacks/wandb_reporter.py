@@ -17,7 +17,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,10 +80,18 @@ class WandbReporter:
         self._exit_code, self._sent = 0, -1
         self._run: Any = None
         self._clients = 0
+        self._seen: Values = {}
         self._open(mode)
 
     def append(self, row: Row) -> None:
         self._surely(lambda: self._log(row))
+
+    def look(self, figures: Mapping[str, Any]) -> None:
+        """What was seen in the network, by names beside those of metrics.py; it goes with the next row.
+
+        A histogram is a dict as W&B keeps it: _type, values, bins. What a kill takes with its row is in the csv alone.
+        """
+        self._seen |= figures
 
     def interrupted(self) -> None:
         self._exit_code = RESUMABLE
@@ -98,8 +106,9 @@ class WandbReporter:
     def _log(self, row: Row) -> None:
         at = position(row.step, row.split)
         if at > self._sent:
-            self._run.log(values(row), step=at, commit=True)
+            self._run.log(_logged(values(row) | self._seen), step=at, commit=True)
             self._sent = at
+        self._seen = {}
 
     def _surely(self, action: Callable[[], object]) -> None:
         """Do it, if need be with a new client: a signal to all processes of a job ends W&B's own, too."""
@@ -204,11 +213,19 @@ def send(place: WandbPlace, directory: Path, rows: Iterable[Values], *, exit_cod
         run = _begin(place, directory, "online", None, seconds, seconds)
         for row in rows:
             if position_of(row) >= run.starting_step:
-                run.log(row, step=position_of(row), commit=True)
+                run.log(_logged(row), step=position_of(row), commit=True)
         run.finish(exit_code=exit_code)
     except Exception as error:
         _end_client()
         raise ServerError(reason(error)) from None
+
+
+def _logged(row: Values) -> Values:
+    """A row as W&B's client takes it, with its own histograms."""
+    return {
+        name: wandb.Histogram(np_histogram=(value["values"], value["bins"])) if isinstance(value, dict) else value
+        for name, value in row.items()
+    }
 
 
 def last_position_on_server(place: WandbPlace, *, seconds: float) -> int:

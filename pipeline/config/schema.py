@@ -28,9 +28,9 @@ class RunConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The network. All but name and dropout apply to our own networks only."""
+    """The network. All but name and dropout apply to our own networks only; to the mlp the activation and the gain."""
 
-    name: str = "bn_inception"  # bn_inception, inception, or a torchvision classifier
+    name: str = "bn_inception"  # bn_inception, inception, bn_mlp, mlp, or a torchvision classifier
     width: float = 1.0  # factor on all channels
     stem: str = "separable"  # separable and dense are 7x7/2; small is 3x3/1, for images of 16 to 64 pixels
     activation: str = "relu"  # relu or sigmoid
@@ -38,7 +38,7 @@ class ModelConfig:
     response_norm: bool = False  # local response normalization in the stem
     auxiliary_head: bool = False
     literal_fig5: bool = False  # 128 instead of 96 channels in two projections, as printed
-    initial_gain: float = 1.0  # factor on the standard deviation of initial convolution weights
+    initial_gain: float = 1.0  # factor on the standard deviation of initial weights: of convolutions, or all of the mlp
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,6 +229,10 @@ class TrackingConfig:
     tags: list[str] = field(default_factory=list)
     every_steps: int = 10  # optimizer steps between rows
     norms_every_steps: int = 100  # optimizer steps between looks at every norm (norms.csv); 0 = never
+    percentiles_every_steps: int = 0  # optimizer steps between looks at pre-activations (percentiles.csv); 0 = never
+    gradients_every_steps: int = 0  # optimizer steps between histograms of gradients (gradients.csv); 0 = never
+    layers: list[str] = field(default_factory=list)  # patterns of names, as "body.5*", for these two; empty = the
+    # pre-activations of the last hidden layer, and the gradients of every weight
 
 
 @dataclass(frozen=True, kw_only=True)

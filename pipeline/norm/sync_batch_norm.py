@@ -21,6 +21,7 @@ from pipeline.norm.late_gradients import LateGradients
 from pipeline.norm.normalization import Running, Statistics
 
 Observer = Callable[[Tensor], None]
+Looker = Callable[[Tensor, Statistics], None]
 Layer = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
 
 
@@ -59,6 +60,7 @@ class SyncBatchNorm(nn.Module):
         self.group_size, self.activation = group_size, activation
         self.reverts_to: type[nn.modules.batchnorm._BatchNorm] = nn.BatchNorm2d
         self._observers: list[Observer] = []
+        self._lookers: list[Looker] = []
         self.register_parameter("weight", nn.Parameter(torch.ones(num_features)) if affine else None)
         self.register_parameter("bias", nn.Parameter(torch.zeros(num_features)) if affine else None)
         tracked = track_running_stats
@@ -90,6 +92,14 @@ class SyncBatchNorm(nn.Module):
         """
         self._observers.append(observer)
         return lambda: self._observers.remove(observer)
+
+    def look(self, looker: Looker) -> Callable[[], None]:
+        """Call looker(x, statistics) with each training batch of this rank, before it is normalized with those.
+
+        It may not change them. Returns what ends that.
+        """
+        self._lookers.append(looker)
+        return lambda: self._lookers.remove(looker)
 
     @staticmethod
     def forward_level(layers: Sequence[SyncBatchNorm], xs: Sequence[Tensor]) -> list[Tensor]:
@@ -195,6 +205,8 @@ class Level:
                 for observer in layer._observers if tracks else ():
                     observer(rows_RP)
                 known = _arithmetic(x).statistics(rows_RP, layer.weight, layer.eps, kind, running)
+                for looker in layer._lookers if tracks else ():
+                    looker(x, Statistics(*known))
                 tensors += [x, layer.weight, layer.bias, *known]
         activations = [layer.activation or self.activation for layer in self.layers]
         weights = self.late.weights

@@ -7,17 +7,20 @@ import os
 import signal
 import socket
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import lightning
 from rich.console import Console
 
+from pipeline.callbacks.activations import Activations
 from pipeline.callbacks.bad_samples import BadSamples
 from pipeline.callbacks.gradient_layout import GradientLayout
+from pipeline.callbacks.gradients import Gradients, weights
 from pipeline.callbacks.journal import Journal
 from pipeline.callbacks.ledger import Ledger
 from pipeline.callbacks.losses import Losses
@@ -35,6 +38,7 @@ from pipeline.launch.heartbeat import Heartbeat, heartbeat_path
 from pipeline.launch.plan import STOPPED, add_to_start, read_record
 from pipeline.launch.pulse import Pulse, pulse_path
 from pipeline.norm import revert
+from pipeline.norm.preactivations import chosen, layers
 from pipeline.run.assembly import Assembly, device_name
 from pipeline.training.operations import operations_per_image, peak_operations
 
@@ -90,14 +94,48 @@ def build_watch(run: Assembly, reporters: Sequence[Reporter], console: Console) 
         tell=partial(_note_machines, config.directory) if world.leads else lambda machines: None,
     )
     layout = GradientLayout(config.data.image_size)
-    callbacks: list[lightning.Callback] = [same_start, layout, throughput, population, tracking]
+    # Looks come before the row of their step, with which W&B gets what they have seen.
+    check_layers(run)
+    looks = build_looks(run, reporters) if world.leads else []
+    callbacks: list[lightning.Callback] = [same_start, layout, throughput, population, *looks, tracking]
     callbacks += [reporter for reporter in reporters if isinstance(reporter, ProgressReport)]
-    if world.leads and config.tracking.norms_every_steps:
-        callbacks.append(Norms(config.directory / "norms.csv", every_steps=config.tracking.norms_every_steps))
     if config.ledger:
         callbacks.append(Ledger(config.directory / "ledger", rank=world.rank, keys=run.data.keys))
     callbacks += [bad_samples, losses, run.checkpoints, preemption, watchdog]
     return Watch(callbacks, throughput, tracking, watchdog)
+
+
+def build_looks(run: Assembly, reporters: Sequence[Reporter]) -> list[lightning.Callback]:
+    """What looks into the network at single steps. For the leading rank."""
+    directory, tracking = run.config.directory, run.config.tracking
+
+    def tell(figures: Mapping[str, Any]) -> None:
+        for reporter in reporters:
+            if isinstance(reporter, WandbReporter):
+                reporter.look(figures)
+
+    looks: list[lightning.Callback] = []
+    if every := tracking.norms_every_steps:
+        looks.append(Norms(directory / "norms.csv", every_steps=every))
+    if every := tracking.percentiles_every_steps:
+        looks.append(Activations(directory / "percentiles.csv", every_steps=every, patterns=tracking.layers, tell=tell))
+    if every := tracking.gradients_every_steps:
+        looks.append(Gradients(directory / "gradients.csv", every_steps=every, patterns=tracking.layers, tell=tell))
+    return looks
+
+
+def check_layers(run: Assembly) -> None:
+    """Raises ConfigError where tracking.layers fits no layer of the network that is to be looked at."""
+    tracking, model = run.config.tracking, run.classifier.model
+    for key, every, names in (
+        ("percentiles_every_steps", tracking.percentiles_every_steps, layers(model)),
+        ("gradients_every_steps", tracking.gradients_every_steps, list(weights(model))),
+    ):
+        if every and tracking.layers and not chosen(names, tracking.layers):
+            raise ConfigError(
+                f"tracking.layers = {tracking.layers} fits none of the {len(names)} layers that tracking.{key} looks at"
+                f": {', '.join(names[:1])} to {', '.join(names[-1:])}; give patterns of their names, or set it to 0"
+            )
 
 
 def circumstance(run: Assembly) -> Circumstance:
