@@ -10,13 +10,15 @@ import numpy as np
 
 from pipeline.report.accounting import Account, account, ends, running_hours
 from pipeline.report.chart import Bar, Chart, Lanes, Line, compact, percent
+from pipeline.report.looks import KEYS as LOOKS
+from pipeline.report.looks import looks
 from pipeline.report.record import DONE, FAILED, INTERRUPTED, KILLED, RUNNING, Run, Values
 
 COLOURS = 8  # of the palette
 KEYS = (  # of every chart that there may be: a picture's name
     "accuracy-steps", "accuracy-time", "loss-steps", "loss-time", "loss-validation", "rate", "images", "data-wait",
     "statistics-wait", "gradient-wait", "checkpoint-wait", "mfu", "memory-gb", "time", "starts", "goodput",
-    "norm-spread", "norm-dead", "norm-mean-drift", "norm-variance-drift",
+    "norm-spread", "norm-dead", "norm-mean-drift", "norm-variance-drift", *LOOKS,
 )  # fmt: skip
 # Where time goes: name, colour, hollow. Hollow is what is nobody's work.
 WORK = (
@@ -27,13 +29,14 @@ WORK = (
 ENDINGS = {DONE: 2, RUNNING: 5, INTERRUPTED: 4, KILLED: 1, FAILED: 3}
 
 
-def figures(runs: Sequence[Run], target: float) -> list[tuple[str, list[Chart | Lanes]]]:
+def figures(runs: Sequence[Run], target: float) -> list[tuple[str, Sequence[Chart | Lanes]]]:
     """Sections by title, each with its charts. target: top-1 that a rule marks; NaN for none."""
     return [
         ("Accuracy and loss", _scores(runs, target)),
         ("Speed", _speed(runs)),
         ("Time", _time(runs)),
         ("Batch normalization", _norms(runs)),
+        *looks(runs),
     ]
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from pipeline.report import png
+from pipeline.report import looks, png
 from pipeline.report.accounting import best_top1
 from pipeline.report.chart import Chart, Lanes, drawn
 from pipeline.report.figures import COLOURS, KEYS, figures
@@ -16,7 +16,7 @@ from pipeline.report.ledger import read_ledger
 from pipeline.report.page import page
 from pipeline.report.record import NotARunError, Run, read_run
 
-PAGE, SHEET = "index.html", "report.png"
+PAGE, SHEET, LOOKS_SHEET = "index.html", "report.png", "looks.png"
 # What the one picture of a report shows, in its order.
 _ON_SHEET = ("accuracy-steps", "accuracy-time", "loss-steps", "images", "norm-mean-drift", "starts")
 _LEVELS = (0.1, 0.25, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995)
@@ -86,6 +86,9 @@ def _pictures(runs: Sequence[Run], charts: Sequence[Chart | Lanes], output: Path
     for name, image in painted.items():
         png.save(image, output / f"{name}.png")
     png.save(png.together([painted[name] for name in _ON_SHEET if name in painted], 3), output / SHEET)
+    (output / LOOKS_SHEET).unlink(missing_ok=True)
+    if seen := [painted[name] for name in looks.KEYS if name in painted]:
+        png.save(png.together(seen, 3), output / LOOKS_SHEET)
 
 
 def _write(path: Path, text: str) -> None:
