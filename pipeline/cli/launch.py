@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from pipeline.cli import clouds, containers, jobs
+from pipeline.cli import clouds, containers, jobs, multirun
 from pipeline.cli.options import add_verb
 from pipeline.cli.runs import typed
 from pipeline.cli.sweep import draw
@@ -21,6 +21,7 @@ def add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
         "  pipeline launch recipe=bn_x5 data=imagenet data.root=s3://ours/imagenet cluster=skypilot \\\n"
         "    skypilot.image=REGISTRY/pipeline:1 skypilot.bucket=s3://ours/runs run.id=first\n"
         "  pipeline launch --sweep vision/pipeline/x1y2z3 --array 0-7%2 recipe=bn_x5 data=cifar10 cluster=slurm_1x8\n"
+        "  pipeline launch --multirun optimizer.rate=0.01,0.1 seed=0,1,2 recipe=bn_x5 data=digits run.id=rates\n"
         "  pipeline launch --follow runs/first\n\n"
         "pipeline doctor looks first: a fault in config or environment ends it with code 2, one in data with 3",
     )  # fmt: skip
@@ -35,6 +36,8 @@ def add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
                    "and the end of its id; after %%, how many at a time")  # fmt: skip
     p.add_argument("--sweep", default="", metavar="ENTITY/PROJECT/SWEEP", help="by Slurm: a sweep of W&B, which gives "
                    "each run its parameters when it first starts")  # fmt: skip
+    p.add_argument("--multirun", action="store_true", help="a run for each combination of the values of key=a,b,c, "
+                   "named after them: one after another here, or each a job of Slurm; none is run twice")  # fmt: skip
     p.add_argument("--status", metavar="RUN", help="how far a run is, and where its jobs stand")
     p.add_argument("--cancel", metavar="RUN", help="end a run's jobs; the command that launched it goes on")
     p.add_argument("--follow", metavar="RUN", help="show what a run prints, until Ctrl-C")
@@ -47,7 +50,8 @@ def launch(options: argparse.Namespace) -> int:
 
     asked = [f"--{name}" for name in ("status", "cancel", "follow", "draw") if getattr(options, name) is not None]
     if len(asked) > 1 or (
-        asked and (options.words or options.array or options.sweep or options.dry_run or options.force)
+        asked
+        and (options.words or options.array or options.sweep or options.dry_run or options.force or options.multirun)
     ):
         raise ConfigError(
             f"{asked[0]} RUN stands alone; leave out {' '.join(asked[1:] or options.words) or 'the rest'}"
@@ -60,6 +64,8 @@ def launch(options: argparse.Namespace) -> int:
         code: int = looks[name](directory)
         return code
 
+    if options.multirun:
+        return multirun.start(options)
     config = typed(options.words)
     launcher = config.cluster.launcher
     if launcher not in _TARGETS:

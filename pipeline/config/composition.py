@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -10,6 +11,7 @@ from typing import Any, cast
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
@@ -46,6 +48,38 @@ def compose_config(overrides: Sequence[str]) -> Config:
         raise ConfigError(_first_line(error)) from None
     content["run"].update({axis: str(choices[axis]) for axis in AXES})
     return checked(from_mapping(content))
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Combination:
+    """Overrides of one run of several. swept: those keys of which there is more than one value, each with its own."""
+
+    words: list[str]
+    swept: dict[str, str]
+
+
+def combinations(overrides: Sequence[str]) -> list[Combination]:
+    """Every combination of the values of `key=a,b,c`; what stands in quotes or brackets is one. Raises ConfigError."""
+    choices: list[list[tuple[str, str, bool]]] = []
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"{override!r} is not key=value; for example optimizer.rate=0.01,0.1")
+        try:
+            parsed = OverridesParser.create().parse_override(override)
+            several = list(parsed.sweep_string_iterator()) if parsed.is_sweep_override() else [value]
+        except HydraException:
+            raise ConfigError(f"the values of {key} cannot be read; put quotes around one with a comma, a space or a "
+                              f"sign in it: '{key}=\"a,b\",\"c\"'") from None  # fmt: skip
+        if len({*several}) < len(several):
+            raise ConfigError(f"{override}: a value stands there twice; give each once")
+        if any(key == other and (len(several) > 1 or len(known) > 1) for known in choices for other, _, _ in known[:1]):
+            raise ConfigError(f"{key} is given twice, once with several values; give it once")
+        choices.append([(key, each, len(several) > 1) for each in several])
+    return [
+        Combination([f"{key}={value}" for key, value, _ in chosen], {k: v for k, v, is_swept in chosen if is_swept})
+        for chosen in itertools.product(*choices)
+    ]
 
 
 def read_config(path: Path, overrides: Iterable[str] = ()) -> Config:
