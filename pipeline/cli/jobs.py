@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +19,9 @@ if TYPE_CHECKING:
     import argparse
 
     from pipeline.config import Config
+
+
+_SHAPE = ("cluster.", "slurm.", "trainer.threads", "data.root", "data.cache")  # of what an array's one script is made
 
 
 def start(config: Config, options: argparse.Namespace) -> int:
@@ -71,6 +76,72 @@ def _submit(config: Config, array: str, sweep: str, force: bool) -> int:
             print(f"job {name}: {run.run.id}, log {run.directory.absolute() / 'logs' / f'job-{name}.log'}")
     print(f"follow it with: pipeline launch --follow {runs[0].directory}")
     return DONE
+
+
+def start_all(runs: Sequence[Config], options: argparse.Namespace) -> int:
+    """Runs with names of their own, as one array. Raises ConfigError where they ask Slurm for different things."""
+    import hashlib
+
+    from pipeline.config import ConfigError, by_key
+    from pipeline.data.shards import MANIFEST, write_atomically
+    from pipeline.launch import queue
+    from pipeline.launch.lock import locked
+    from pipeline.launch.plan import agreed, freeze_run
+    from pipeline.launch.slurm import JOBS, SCRIPT, render
+    from pipeline.launch.targets import LINK, slurm_job
+
+    shape = [{key: value for key, value in by_key(asdict(run)).items() if key.startswith(_SHAPE)} for run in runs]
+    for key, value in shape[0].items():
+        if other := next((each[key] for each in shape if each[key] != value), None):
+            raise ConfigError(
+                f"{key} = {value} and {other}: the elements of an array ask for the same; launch them apart"
+            )
+    if not (options.dry_run or queue.is_there()):
+        raise queue.QueueError(
+            "sbatch is not found: launch where Slurm's commands are, or look at the script with --dry-run"
+        )
+    digest = hashlib.sha256(" ".join(run.run.id for run in runs).encode()).hexdigest()[:12]
+    links = runs[0].directory.absolute().parent / ".arrays" / digest
+    array = f"0-{len(runs) - 1}"
+    script = render(slurm_job([agreed(run) for run in runs], array, links=links))
+    if options.dry_run:
+        print(script, flush=True)
+    code = preflight.before_submission(agreed(runs[0]), script, whole=options.dry_run)
+    if options.dry_run or (code and not options.force):
+        if code and not options.dry_run:
+            print(preflight.NOT_SUBMITTED, file=sys.stderr)
+        return code
+    settled = [settle(run, elsewhere=True) for run in runs]
+    with ExitStack() as held:
+        links.mkdir(parents=True, exist_ok=True)
+        frozen = []
+        for number, (run, dataset) in enumerate(settled):
+            held.enter_context(locked(run.directory))
+            _refuse_second_job(run)
+            frozen.append(freeze_run(run))
+            write_atomically(run.directory / MANIFEST, (dataset.directory / MANIFEST).read_bytes())
+            (run.directory / "logs").mkdir(exist_ok=True)
+            link = links / f"{LINK}-{number}"
+            if not link.is_symlink():
+                link.symlink_to(Path("..") / ".." / run.run.id)
+        path = links / SCRIPT
+        path.write_text(render(slurm_job(frozen, array, links=links)))
+        job = queue.submit(path)
+        for number, run in enumerate(frozen):
+            with (run.directory / JOBS).open("a") as file:
+                file.write(f"{job}_{number}\n")
+            print(
+                f"job {job}_{number}: {run.run.id}, log {run.directory.absolute() / 'logs' / f'job-{job}_{number}.log'}"
+            )
+    return DONE
+
+
+def is_queued(run: Config) -> bool:
+    """Whether a job of it is in the queue."""
+    from pipeline.launch import queue
+
+    jobs = _jobs(run.directory)
+    return bool(jobs and queue.states(jobs))
 
 
 def _examined(config: Config, array: str, sweep: str, *, show: bool = False) -> int:

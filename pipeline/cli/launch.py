@@ -37,7 +37,7 @@ def add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     p.add_argument("--sweep", default="", metavar="ENTITY/PROJECT/SWEEP", help="by Slurm: a sweep of W&B, which gives "
                    "each run its parameters when it first starts")  # fmt: skip
     p.add_argument("--multirun", action="store_true", help="a run for each combination of the values of key=a,b,c, "
-                   "named after them: one after another here, or each a job of Slurm; none is run twice")  # fmt: skip
+                   "named after them: one after another here, or one array of Slurm; none is run twice")  # fmt: skip
     p.add_argument("--status", metavar="RUN", help="how far a run is, and where its jobs stand")
     p.add_argument("--cancel", metavar="RUN", help="end a run's jobs; the command that launched it goes on")
     p.add_argument("--follow", metavar="RUN", help="show what a run prints, until Ctrl-C")

@@ -1,4 +1,4 @@
-"""pipeline launch --multirun: a run for each combination of values, one after another here, or a job of Slurm each."""
+"""pipeline launch --multirun: a run for each combination of values, one after another here, or an array of Slurm."""
 
 from __future__ import annotations
 
@@ -50,11 +50,11 @@ def start(options: argparse.Namespace) -> int:
     if launcher not in ("local", "slurm"):
         raise ConfigError(f"cluster.launcher = {launcher}: --multirun starts runs on this machine or by Slurm; launch "
                           "each by itself there")  # fmt: skip
-    if options.dry_run:
+    if options.dry_run and launcher == "local":
         print("nothing was started; leave out --dry-run to start them")
         return DONE
     code = _here(elements) if launcher == "local" else _by_slurm(elements, options)
-    if code != RESUMABLE:
+    if code != RESUMABLE and not options.dry_run:
         _compare(elements)
     return code
 
@@ -171,15 +171,14 @@ def _train(words: Sequence[str]) -> int:
 
 
 def _by_slurm(elements: Sequence[Element], options: argparse.Namespace) -> int:
-    """A job each: the runs that are not done are in the queue when this ends, as many as pass the doctor."""
+    """One array of those that are not done and have no job."""
     from pipeline.cli import jobs
 
-    code = DONE
-    for each in elements:
-        if not each.is_done:
-            ended = jobs.start(each.config, options)
-            code = code or ended
-    return code
+    left = [each.config for each in elements if not each.is_done and not jobs.is_queued(each.config)]
+    if not left:
+        print("nothing to submit: each is done, or in the queue")
+        return DONE
+    return jobs.start_all(left, options)
 
 
 def _compare(elements: Sequence[Element]) -> None:

@@ -156,7 +156,9 @@ def of_run(path: Path, overrides: Sequence[str] = ()) -> Config:
 
     config = read_config(path, overrides)
     if (path.parent / RECORD).is_file():
-        config = completed(config, run={"dir": str(path.parent.parent), "id": path.parent.name})
+        # An array finds runs that have names of their own by links.
+        directory = path.parent.resolve() if path.parent.is_symlink() else path.parent
+        config = completed(config, run={"dir": str(directory.parent), "id": directory.name})
     return config
 
 

@@ -21,6 +21,8 @@ from pipeline.launch.cloud import Task, job_name
 from pipeline.launch.container import Container, Mount, place
 from pipeline.launch.slurm import SCRIPT, Job, array_numbers
 
+LINK = "run"  # what stands before "-<number>" in the links to the runs of an array
+
 CONTAINER_SLACK = 30.0  # seconds after cluster.lead_seconds, at which ranks that have not saved are killed by their own
 
 _AS_THEY_ARE = ("partition", "account", "qos", "constraint", "exclude", "memory", "minutes", "lead_minutes",
@@ -50,12 +52,15 @@ def numbers_of(array: str) -> list[int]:
         raise ConfigError(str(error)) from None
 
 
-def slurm_job(runs: Sequence[Config], array: str = "", sweep: str = "") -> Job:
-    """The job of a run, or of the runs of an array, all of one shape. Raises ConfigError."""
+def slurm_job(runs: Sequence[Config], array: str = "", sweep: str = "", links: Path | None = None) -> Job:
+    """The job of a run, or of the runs of an array, all of one shape. Raises ConfigError.
+
+    links: where the runs of an array are found by their numbers, if they are not named after those.
+    """
     config, here = runs[0], Path.cwd()
     slurm, cluster = config.slurm, config.cluster
     name = config.run.id.removesuffix(f"-{numbers_of(array)[0]}") if array else config.run.id
-    run = config.directory.absolute().with_name(name)
+    run = config.directory.absolute().with_name(name) if links is None else links / LINK
     for path in (str(run), str(here)):
         if "\\" in path or not path.isprintable():
             raise ConfigError(f"run.dir, run.id = {path!r}: Slurm reads a backslash or a line break in a path its own "
@@ -69,7 +74,7 @@ def slurm_job(runs: Sequence[Config], array: str = "", sweep: str = "") -> Job:
     same: dict[str, Any] = {field: getattr(slurm, field) for field in _AS_THEY_ARE}
     same |= {field: tuple(getattr(slurm, field)) for field in _LISTS}
     return Job(
-        name=name, run=run, script=config.directory.absolute() / SCRIPT, directory=here,
+        name=name, run=run, script=(links or config.directory.absolute()) / SCRIPT, directory=here,
         nodes=cluster.nodes, devices=cluster.devices, threads=config.trainer.threads, array=array,
         draws=bool(sweep),
         python=slurm.python or ("python3" if inside else sys.executable),

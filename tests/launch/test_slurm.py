@@ -16,6 +16,7 @@ import pytest
 
 from pipeline import cli
 from pipeline.cli import preflight
+from pipeline.cli.runs import of_run
 from pipeline.config import ConfigError, compose_config, read_config
 from pipeline.doctor.nodes import ARRIVAL_SECONDS, LINK_SECONDS
 from pipeline.launch import queue
@@ -532,3 +533,39 @@ def test_setup_may_read_a_secret_from_where_it_is_kept():
     lines = ["export WANDB_API_KEY=$(<~/.wandb)", 'export HF_TOKEN="$(pass hf)"', "export TOKENIZERS_PARALLELISM=false"]
     config = compose_config(["data=digits", "cluster=slurm_1x8", f"slurm.setup={lines!r}"])
     assert config.slurm.setup == lines
+
+
+def test_a_multirun_is_one_array_whose_elements_find_runs_of_their_own_names(slurm, shards, capsys, monkeypatch):
+    more = ("--multirun", "optimizer.rate=0.01,0.02", "seed=0,1")
+    assert launch(shards, "--dry-run", *more) == 0
+    assert "#SBATCH --array=0-3" in capsys.readouterr().out
+    assert not (slurm / "runs").exists()
+    assert launch(shards, *more) == 0
+    said = capsys.readouterr().out
+    names = [f"a-rate_{rate}-seed_{seed}" for rate in ("0.01", "0.02") for seed in (0, 1)]
+    (script,) = (slurm / "runs" / ".arrays").glob("*/job.sbatch")
+    for number, name in enumerate(names):
+        run = slurm / "runs" / name
+        assert f"job 41_{number}: {name}, log {run}/logs/job-41_{number}.log" in said
+        assert (run / "jobs").read_text() == f"41_{number}\n"
+        link = script.parent / f"run-{number}"
+        assert link.resolve() == run
+        assert of_run(link / "config.yaml").directory == run  # as its ranks read it
+        assert (read_config(run / "config.yaml").optimizer.rate, read_config(run / "config.yaml").seed) == (
+            float(name[7:11]), number % 2,
+        )  # fmt: skip
+    assert f"run={script.parent}/run-$SLURM_ARRAY_TASK_ID\n" in script.read_text()
+    assert f"--output={script.parent}/run-%a/logs/job-%A_%a.log" in script.read_text()
+    assert said.splitlines()[-1].startswith("compare them with: pipeline report runs/a-rate_0.01-seed_0 ")
+    assert (slurm / "calls").read_text().count("sbatch --parsable") == 1
+
+    monkeypatch.setenv("QUEUE", "41_2|PENDING|0:00|(Priority)\n")  # one waits: the others are an array of their own
+    assert launch(shards, *more) == 0
+    assert f"job 41_2: {names[3]}" in capsys.readouterr().out
+    assert (slurm / "runs" / names[2] / "jobs").read_text() == "41_2\n"
+
+
+def test_runs_of_a_multirun_that_ask_slurm_for_different_things_are_refused(slurm, shards, capsys):
+    assert launch(shards, "--multirun", "cluster.devices=2,4") == 2
+    assert "cluster.devices = 2 and 4: the elements of an array ask for the same" in capsys.readouterr().err
+    assert not (slurm / "runs").exists()
