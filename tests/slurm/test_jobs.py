@@ -410,3 +410,20 @@ def test_slurm_and_bash_read_every_name_as_it_is(slurm, shards, tmp_path) -> Non
     assert (run / "logs" / f"job-{jobs(run)[0]}.log").read_text().endswith("the run is done\n")
     assert (tmp_path / "words-0").read_text().splitlines()[:4] == ["-m", "pipeline", "train", f"{run}/config.yaml"]
     assert list(tmp_path.rglob("hacked")) == []
+
+
+@slow
+def test_runs_that_are_named_after_their_values_are_trained_as_one_array(slurm: Path, shards, tmp_path) -> None:
+    words = [*WORDS, f"data.root={shards}", f'run.dir="{tmp_path}"', "run.id=m", "trainer.max_steps=6",
+             "trainer.validate_every_epochs=0", "optimizer.rate=0.01,0.02", UNCHECKED]  # fmt: skip
+    assert cli.main(["launch", "--multirun", *words]) == 0
+    runs = [tmp_path / f"m-rate_{rate}" for rate in ("0.01", "0.02")]
+    (job,) = {name.partition("_")[0] for run in runs for name in jobs(run)}
+    for number, run in enumerate(runs):
+        assert jobs(run) == [f"{job}_{number}"]
+        assert over(run) == "COMPLETED", log(run)
+        assert "the run is done" in log(run)
+        (start,) = read_record(run).starts
+        assert (start["ended"], start["world"]) == ("done", 4)
+        assert [row[0] for row in journal(run) if row[1] == "train"] == list(range(1, 7))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".arrays", "m-rate_0.01", "m-rate_0.02"]
