@@ -20,7 +20,7 @@ COLOURS = 8  # of the palette
 PERCENTILES, GRADIENTS = 6, 12  # charts of each at most
 KEYS = (*(f"percentiles-{n + 1}" for n in range(PERCENTILES)), *(f"gradients-{n + 1}" for n in range(GRADIENTS)))
 UNITS = "all"  # in percentiles.csv, in place of a unit's number
-LOW, A_DECADE = -10, 4  # of the bins of callbacks/gradients.py: the least power of ten, and bins between two powers
+LOW, A_DECADE, BINS = -10, 4, 97  # of callbacks/gradients.py: the least power of ten, bins between two powers, all
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,9 @@ def read_gradients(directory: Path) -> dict[str, Histogram]:
     for step, layer, _, deviation, kurtosis, _, counts in _rows(directory / "gradients.csv", 7):
         try:
             counts_B = np.array([float(count) for count in counts.split()])
-            middle, total = len(counts_B) // 2, max(counts_B.sum(), 1.0)
+            if len(counts_B) != BINS:  # a damaged line, or another version's
+                continue
+            middle, total = BINS // 2, max(counts_B.sum(), 1.0)
             share_B = (counts_B[middle + 1 :] + counts_B[:middle][::-1]) / total
             found[layer] = Histogram(int(step), float(deviation), float(kurtosis), share_B)
         except ValueError:

@@ -39,6 +39,7 @@ def runs(tmp_path):
 def test_bins_are_those_that_were_written():
     assert looks.LOW == gradients.LOW
     assert looks.A_DECADE == gradients.A_DECADE
+    assert len(gradients.EDGES_E) - 1 == looks.BINS
 
 
 def test_percentiles_are_read_by_layer_and_unit(runs):
@@ -57,6 +58,17 @@ def test_of_gradients_the_newest_whole_look_is_read_with_both_signs_together(run
     powers = looks.LOW + np.flatnonzero(share_B) / looks.A_DECADE
     assert powers.tolist() == [-4.25, -2.25]  # lower edges
     assert share_B[share_B > 0].tolist() == [0.5, 0.5]
+
+
+def test_damaged_lines_are_left_out_and_the_rest_is_drawn(runs):
+    with (runs[0] / "gradients.csv").open("a") as file:
+        file.write("\n40,classifier,4,0.1,3,5,1 2 3\n40,classifier,4,0.1,3,5,x\n\0,,\n50,classifier\n")
+    with (runs[0] / "percentiles.csv").open("a") as file:
+        file.write("\n50,hidden.norm,7,a,b,c\n")
+    assert read_gradients(runs[0])["classifier"].step == 20
+    assert len(read_percentiles(runs[0])["hidden.norm", False][1]) == 3
+    (_, percentiles), (_, histograms) = looks.looks([read_run(path) for path in runs])
+    assert len(percentiles) == len(histograms) == 2
 
 
 def test_a_chart_a_layer_shows_both_runs(runs):
