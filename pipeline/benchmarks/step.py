@@ -21,18 +21,21 @@ import torch
 from rich.table import Table
 
 from pipeline.benchmarks.ranks import RESUMABLE, copied, started
+from pipeline.callbacks.activations import Activations
+from pipeline.callbacks.gradients import Gradients
 from pipeline.callbacks.norms import Norms
 from pipeline.callbacks.preemption import InterruptedRunError, Preemption
 from pipeline.callbacks.throughput import Throughput
 from pipeline.callbacks.tracking import Tracking
 from pipeline.training.checkpoint import Checkpoints
 
-CHECKPOINTS, AGREEMENT, TRACKING, CLOCKS, NORMS, DETERMINISTIC = FEATURES = (
-    "checkpoints", "agreement", "tracking", "clocks", "norms", "deterministic",
+CHECKPOINTS, AGREEMENT, TRACKING, CLOCKS, NORMS, PERCENTILES, GRADIENTS, DETERMINISTIC = FEATURES = (
+    "checkpoints", "agreement", "tracking", "clocks", "norms", "percentiles", "gradients", "deterministic",
 )  # fmt: skip
 _WARM_STEPS = 10
 _BLOCKS_OF_A_START = 3
-_NORMS_EVERY = 5  # steps, where looking at the norms is measured; otherwise they are not looked at
+_LOOKS = (NORMS, PERCENTILES, GRADIENTS)
+_LOOK_EVERY = 5  # steps, where looking at one of these is measured; otherwise it is not looked at
 _QUIET = ("trainer.checkpoint_every_steps=0", "trainer.checkpoint_every_minutes=0", "trainer.validate_every_epochs=0",
           "trainer.max_steps=-1", "trainer.max_epochs=100000", "ledger=false")  # fmt: skip
 
@@ -130,9 +133,12 @@ def _blocks(
     """Seconds of so many blocks, as rank 0 sees them."""
     copied(frozen, directory)
     result = directory / "blocks.json"
-    looks = f"tracking.norms_every_steps={_NORMS_EVERY if feature == NORMS else 0}"
+    looks = [f"tracking.{look}_every_steps={_LOOK_EVERY if feature == look else 0}" for look in _LOOKS]
     ranks = started(
-        directory, world, [*_QUIET, looks, *overrides], partial(_watchers, str(result), feature, steps, count, cpu_time)
+        directory,
+        world,
+        [*_QUIET, *looks, *overrides],
+        partial(_watchers, str(result), feature, steps, count, cpu_time),
     )
     for rank in ranks:
         rank.join()
@@ -200,9 +206,10 @@ def _of(trainer: lightning.Trainer, kind: type[Any]) -> Any:
     return next(callback for callback in trainer.callbacks if isinstance(callback, kind))  # type: ignore[attr-defined]
 
 
-_HOOKS = ("on_train_batch_start", "on_train_batch_end")
+_HOOKS = ("on_train_batch_start", "on_before_optimizer_step", "on_train_batch_end")
 _WATCHERS: dict[str, tuple[type[lightning.Callback], ...]] = {
     AGREEMENT: (Preemption,), TRACKING: (Tracking,), CLOCKS: (Throughput,), NORMS: (Norms,),
+    PERCENTILES: (Activations,), GRADIENTS: (Gradients,),
 }  # fmt: skip
 
 

@@ -66,11 +66,12 @@ def _add_training(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     p.add_argument("--only", type=lambda names: names.split(","), default=[], metavar="NAME,NAME",
                    help="these forms alone, by the names in the table")  # fmt: skip
 
-    p = add_verb(verbs, "step", step, "what checkpoints, agreement, tracking, clocks and determinism add to a step",
+    p = add_verb(verbs, "step", step, "what checkpoints, tracking, looks, determinism and the like add to a step",
                  "pipeline bench step runs/first --processes 1 2")  # fmt: skip
     p.add_argument("run", help="a run's directory, of which config.yaml is taken")
     p.add_argument("--only", type=lambda names: names.split(","), default=[], metavar="NAME,NAME",
-                   help="of checkpoints, agreement, tracking, clocks, norms, deterministic, these alone")  # fmt: skip
+                   help="of checkpoints, agreement, tracking, clocks, norms, percentiles, gradients, "
+                   "deterministic, these alone")  # fmt: skip
     p.add_argument("--processes", type=count, nargs="+", default=[1, 2], metavar="N", help="default: 1 2")
     p.add_argument("--steps", type=count, default=20, metavar="N", help="a block (default: 20)")
     p.add_argument("--pairs", type=repeats, default=20, metavar="N", help="of blocks with and without (default: 20)")
