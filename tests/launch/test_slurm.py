@@ -91,7 +91,7 @@ def slurm(tmp_path, monkeypatch):
 [[ "$1 $2" != "show hostnames" ]] || {{ echo node1; echo node2; exit 0; }}
 echo "{name} $*" >>'{tmp_path}/calls'
 if [[ {name} == srun && "$*" == *" doctor --nodes "* ]]; then
-  [[ -z ${{SIGNAL:-}} ]] || kill -s "$SIGNAL" "$(ps -o ppid= -p $PPID)"
+  [[ -z ${{SIGNAL:-}} ]] || kill -s "$SIGNAL" "$(sed -n 's/^PPid:[[:space:]]*//p' /proc/$PPID/status)"
   exit "${{CHECK:-0}}"
 fi
 if [[ {name} == srun ]]; then
