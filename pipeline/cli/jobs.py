@@ -19,20 +19,16 @@ if TYPE_CHECKING:
     import argparse
 
     from pipeline.config import Config
-
+    from pipeline.data.dataset import Dataset
 
 _SHAPE = ("cluster.", "slurm.", "trainer.threads", "data.root", "data.cache")  # of what an array's one script is made
 
 
 def start(config: Config, options: argparse.Namespace) -> int:
-    from pipeline.launch import queue
     from pipeline.launch.plan import identified
     from pipeline.launch.sweep import sweep_of
 
-    if not (options.dry_run or queue.is_there()):
-        raise queue.QueueError(
-            "sbatch is not found: launch where Slurm's commands are, or look at the script with --dry-run"
-        )
+    _needs_slurm(options)
     config, sweep = in_sweep(config, options.sweep) if options.sweep else (config, sweep_of(config))
     config = identified(config)
     if options.dry_run:
@@ -40,14 +36,18 @@ def start(config: Config, options: argparse.Namespace) -> int:
     return _submit(config, options.array, sweep, options.force)
 
 
-def _submit(config: Config, array: str, sweep: str, force: bool) -> int:
-    from pipeline.data.shards import MANIFEST, write_atomically
+def _needs_slurm(options: argparse.Namespace) -> None:
     from pipeline.launch import queue
-    from pipeline.launch.lock import locked
-    from pipeline.launch.plan import freeze_run
-    from pipeline.launch.slurm import JOBS, SCRIPT, render
+
+    if not (options.dry_run or queue.is_there()):
+        raise queue.QueueError(
+            "sbatch is not found: launch where Slurm's commands are, or look at the script with --dry-run"
+        )
+
+
+def _submit(config: Config, array: str, sweep: str, force: bool) -> int:
     from pipeline.launch.sweep import with_parameters
-    from pipeline.launch.targets import numbers_of, runs_of, slurm_job
+    from pipeline.launch.targets import runs_of
 
     for run in runs_of(config, array, sweep):
         _refuse_second_job(run)
@@ -56,25 +56,8 @@ def _submit(config: Config, array: str, sweep: str, force: bool) -> int:
         print(preflight.NOT_SUBMITTED, file=sys.stderr)
         return code
     config, dataset = settle(config, elsewhere=True)
-    runs = [with_parameters(run) for run in runs_of(config, array, sweep)]
-    with ExitStack() as held:
-        for number, run in enumerate(runs):
-            held.enter_context(locked(run.directory))
-            _refuse_second_job(run)  # of another launch, while the doctor looked
-            runs[number] = freeze_run(run, sweep)
-            write_atomically(run.directory / MANIFEST, (dataset.directory / MANIFEST).read_bytes())
-            (run.directory / "logs").mkdir(exist_ok=True)
-        script = render(slurm_job(runs, array, sweep))
-        path = runs[0].directory / SCRIPT
-        path.write_text(script)
-        print(script)
-        job = queue.submit(path)
-        for run, number in zip(runs, numbers_of(array), strict=True):
-            name = f"{job}_{number}" if array else job
-            with (run.directory / JOBS).open("a") as file:
-                file.write(f"{name}\n")
-            print(f"job {name}: {run.run.id}, log {run.directory.absolute() / 'logs' / f'job-{name}.log'}")
-    print(f"follow it with: pipeline launch --follow {runs[0].directory}")
+    runs = [(with_parameters(run), dataset) for run in runs_of(config, array, sweep)]
+    _enqueue(runs, array, sweep)
     return DONE
 
 
@@ -83,23 +66,17 @@ def start_all(runs: Sequence[Config], options: argparse.Namespace) -> int:
     import hashlib
 
     from pipeline.config import ConfigError, by_key
-    from pipeline.data.shards import MANIFEST, write_atomically
-    from pipeline.launch import queue
-    from pipeline.launch.lock import locked
-    from pipeline.launch.plan import agreed, freeze_run
-    from pipeline.launch.slurm import JOBS, SCRIPT, render
-    from pipeline.launch.targets import LINK, slurm_job
+    from pipeline.launch.plan import agreed
+    from pipeline.launch.slurm import render
+    from pipeline.launch.targets import slurm_job
 
     shape = [{key: value for key, value in by_key(asdict(run)).items() if key.startswith(_SHAPE)} for run in runs]
     for key, value in shape[0].items():
-        if other := next((each[key] for each in shape if each[key] != value), None):
+        if other := next((each for each in shape if each[key] != value), None):
             raise ConfigError(
-                f"{key} = {value} and {other}: the elements of an array ask for the same; launch them apart"
+                f"{key} = {value} and {other[key]}: the elements of an array ask for the same; launch them apart"
             )
-    if not (options.dry_run or queue.is_there()):
-        raise queue.QueueError(
-            "sbatch is not found: launch where Slurm's commands are, or look at the script with --dry-run"
-        )
+    _needs_slurm(options)
     digest = hashlib.sha256(" ".join(run.run.id for run in runs).encode()).hexdigest()[:12]
     links = runs[0].directory.absolute().parent / ".arrays" / digest
     array = f"0-{len(runs) - 1}"
@@ -107,33 +84,52 @@ def start_all(runs: Sequence[Config], options: argparse.Namespace) -> int:
     if options.dry_run:
         print(script, flush=True)
     code = preflight.before_submission(agreed(runs[0]), script, whole=options.dry_run)
-    if options.dry_run or (code and not options.force):
-        if code and not options.dry_run:
-            print(preflight.NOT_SUBMITTED, file=sys.stderr)
+    if options.dry_run:
         return code
-    settled = [settle(run, elsewhere=True) for run in runs]
+    if code and not options.force:
+        print(preflight.NOT_SUBMITTED, file=sys.stderr)
+        return code
+    _enqueue([settle(run, elsewhere=True) for run in runs], array, links=links)
+    return DONE
+
+
+def _enqueue(runs: Sequence[tuple[Config, Dataset]], array: str, sweep: str = "", links: Path | None = None) -> None:
+    """Freeze the runs, write the script of their job, and submit it.
+
+    links: where an array finds runs that are not named after its numbers. Raises ConfigError for one that has a job.
+    """
+    from pipeline.data.shards import MANIFEST, write_atomically
+    from pipeline.launch import queue
+    from pipeline.launch.lock import locked
+    from pipeline.launch.plan import freeze_run
+    from pipeline.launch.slurm import JOBS, SCRIPT, render
+    from pipeline.launch.targets import LINK, numbers_of, slurm_job
+
+    numbers = numbers_of(array)
+    frozen: list[Config] = []
     with ExitStack() as held:
-        links.mkdir(parents=True, exist_ok=True)
-        frozen = []
-        for number, (run, dataset) in enumerate(settled):
+        for number, (run, dataset) in zip(numbers, runs, strict=True):
             held.enter_context(locked(run.directory))
-            _refuse_second_job(run)
-            frozen.append(freeze_run(run))
+            _refuse_second_job(run)  # of another launch, while the doctor looked
+            frozen.append(freeze_run(run, sweep))
             write_atomically(run.directory / MANIFEST, (dataset.directory / MANIFEST).read_bytes())
             (run.directory / "logs").mkdir(exist_ok=True)
-            link = links / f"{LINK}-{number}"
-            if not link.is_symlink():
-                link.symlink_to(Path("..") / ".." / run.run.id)
-        path = links / SCRIPT
-        path.write_text(render(slurm_job(frozen, array, links=links)))
+            if links:
+                links.mkdir(parents=True, exist_ok=True)
+                link = links / f"{LINK}-{number}"
+                if not link.is_symlink():
+                    link.symlink_to(Path("..") / ".." / run.run.id)
+        script = render(slurm_job(frozen, array, sweep, links))
+        path = (links or frozen[0].directory) / SCRIPT
+        path.write_text(script)
+        print(script)
         job = queue.submit(path)
-        for number, run in enumerate(frozen):
+        for run, number in zip(frozen, numbers, strict=True):
+            name = f"{job}_{number}" if array else job
             with (run.directory / JOBS).open("a") as file:
-                file.write(f"{job}_{number}\n")
-            print(
-                f"job {job}_{number}: {run.run.id}, log {run.directory.absolute() / 'logs' / f'job-{job}_{number}.log'}"
-            )
-    return DONE
+                file.write(f"{name}\n")
+            print(f"job {name}: {run.run.id}, log {run.directory.absolute() / 'logs' / f'job-{name}.log'}")
+    print(f"follow {'it' if len(frozen) == 1 else 'the first'} with: pipeline launch --follow {frozen[0].directory}")
 
 
 def is_queued(run: Config) -> bool:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
-import signal
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pipeline.cli.codes import DONE, FAILED, RESUMABLE
 
@@ -23,7 +20,7 @@ MOST = 1_000  # runs of one command
 _TOGETHER = 8  # runs that a report tells apart
 _UNFIT = re.compile(r"[^\w.+-]+", re.ASCII)
 _LONGEST = 200  # letters of a directory's name
-_FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+_SIGNALLED = 128  # a code above it: ended by a signal
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +43,10 @@ def start(options: argparse.Namespace) -> int:
                           f"{'--array' if options.array else '--sweep'}")  # fmt: skip
     elements = elements_of(options.words)
     _show(elements)
-    launcher = elements[0].config.cluster.launcher
+    launcher, *others = dict.fromkeys(each.config.cluster.launcher for each in elements)
+    if others:
+        raise ConfigError(f"cluster.launcher = {launcher} and {others[0]}: --multirun starts all of its runs in one "
+                          "way; give one cluster")  # fmt: skip
     if launcher not in ("local", "slurm"):
         raise ConfigError(f"cluster.launcher = {launcher}: --multirun starts runs on this machine or by Slurm; launch "
                           "each by itself there")  # fmt: skip
@@ -145,29 +145,14 @@ def _here(elements: Sequence[Element]) -> int:
 
 def _train(words: Sequence[str]) -> int:
     """The run in a process of its own, which gets the signals that this one gets, and decides what comes of them."""
+    from pipeline.launch.attached import attached
+
     came: list[int] = []
-    process: subprocess.Popen[bytes] | None = None
-
-    def forward(number: int, frame: Any) -> None:
-        came.append(number)
-        if process is not None:
-            process.send_signal(number)
-
-    before = {number: signal.signal(number, forward) for number in _FORWARDED}
-    try:
-        # In a session of its own: Ctrl-C reaches it through us alone, and once.
-        process = subprocess.Popen([sys.executable, "-m", "pipeline", "train", *words], start_new_session=True,
-                                   env=os.environ)  # fmt: skip
-        for number in came:  # between the handlers and the process
-            process.send_signal(number)
-        code = process.wait()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    code = attached([sys.executable, "-m", "pipeline", "train", *words], came)
     # Whoever sent a signal wants all of them to stop, even if the run was done at that moment.
-    if came and (code in (DONE, RESUMABLE) or code < 0):
+    if came and (code in (DONE, RESUMABLE) or code > _SIGNALLED):
         return RESUMABLE
-    return FAILED if code < 0 else code
+    return FAILED if code > _SIGNALLED else code
 
 
 def _by_slurm(elements: Sequence[Element], options: argparse.Namespace) -> int:

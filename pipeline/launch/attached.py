@@ -34,18 +34,30 @@ def asked(*command: str, seconds: float = _SECONDS) -> str:
     return done.stdout
 
 
-def attached(command: Sequence[str]) -> int:
+def attached(command: Sequence[str], came: list[int] | None = None) -> int:
     """Run it on this terminal; returns its code, 128 + N if signal N ended it. Raises CommandError if it is not here.
 
-    A session of its own, so that Ctrl-C reaches it once, through us.
+    A session of its own, so that Ctrl-C reaches it once, through us. came: gets the signals that we were sent.
     """
+    early: list[int] = []  # before there is a process
+    process: subprocess.Popen[bytes] | None = None
+
+    def forward(number: int, frame: object) -> None:
+        if came is not None:
+            came.append(number)
+        if process is None:
+            early.append(number)
+        else:
+            process.send_signal(number)
+
+    previous = {number: signal.signal(number, forward) for number in FORWARDED}
     try:
         process = subprocess.Popen(list(command), stdin=subprocess.DEVNULL, start_new_session=True)
+        for number in early:
+            process.send_signal(number)
+        code = process.wait()
     except FileNotFoundError:
         raise CommandError(f"{command[0]} is not found; launch where it is installed") from None
-    previous = {n: signal.signal(n, lambda number, frame: process.send_signal(number)) for n in FORWARDED}
-    try:
-        code = process.wait()
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

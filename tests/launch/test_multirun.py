@@ -138,6 +138,8 @@ def test_a_dry_run_lists_and_starts_nothing(words, tmp_path, capsys):
     assert "leave out --array" in capsys.readouterr().err
     assert main(["launch", "--multirun", "cluster=docker", *words]) == 2
     assert "cluster.launcher = docker: --multirun" in capsys.readouterr().err
+    assert main(["launch", "--multirun", "cluster=local,slurm_1x8", *words]) == 2
+    assert "cluster.launcher = local and slurm: --multirun starts all" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)

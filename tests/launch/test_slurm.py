@@ -568,4 +568,6 @@ def test_a_multirun_is_one_array_whose_elements_find_runs_of_their_own_names(slu
 def test_runs_of_a_multirun_that_ask_slurm_for_different_things_are_refused(slurm, shards, capsys):
     assert launch(shards, "--multirun", "cluster.devices=2,4") == 2
     assert "cluster.devices = 2 and 4: the elements of an array ask for the same" in capsys.readouterr().err
+    assert launch(shards, "--multirun", "cluster.workers=2,0") == 2
+    assert "cluster.workers = 2 and 0: the elements of an array ask for the same" in capsys.readouterr().err
     assert not (slurm / "runs").exists()
