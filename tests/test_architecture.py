@@ -14,6 +14,7 @@ FLOORS = {
     "__main__": 7,
     "cli": 6,
     "benchmarks": 5, "doctor": 5,  # which asks of a run what `run` would make of it
+    "dashboards": 5,  # what W&B shows of runs, by what a report says of them; needs no torch
     "run": 4, "experiments": 4,
     "report": 4,  # reads the files of a run as the callbacks and the launcher write them; needs no torch
     "callbacks": 3,
@@ -28,6 +29,7 @@ WALLS = {
                   "launch/environment",
                   "callbacks/", "benchmarks/"),
     "wandb": ("callbacks/wandb_reporter", "callbacks/segments"),
+    "wandb_workspaces": ("dashboards/views",),
     "webdataset": ("data/", "benchmarks/"),  # as a peer
     "obstore": ("data/remote",),
     "triton": ("norm/kernels",),

@@ -14,12 +14,12 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import yaml
 
 from pipeline.callbacks.journal import Row
-from pipeline.callbacks.wandb_reporter import ServerError, asked, server
+from pipeline.callbacks.wandb_reporter import ServerError, asked, understood
 
 ASK_EVERY = 5.0  # seconds, as wandb's own agent
 BEAT_EVERY, BEAT_SECONDS = 30.0, 10.0  # between two signs of life of a run, and for the answer to one
@@ -32,7 +32,7 @@ _REGISTER = """mutation CreateAgent($host: String!, $projectName: String, $entit
 _HEARTBEAT = """mutation Heartbeat($id: ID!, $metrics: JSONString, $runState: JSONString) {
   agentHeartbeat(input: {id: $id, metrics: $metrics, runState: $runState}) { agent { id } commands }
 }"""
-T = TypeVar("T")
+_WHOM = "an agent "
 _OVER = ("FINISHED", "CANCELED", "CANCELLED", "CRASHED")
 
 
@@ -103,12 +103,12 @@ def draw(sweep: Sweep, *, seconds: float, patience: float, say: Callable[[str], 
     variables = {"host": socket.gethostname(), "projectName": sweep.project, "entityName": sweep.entity,
                  "sweep": sweep.id}  # fmt: skip
     answer = asked("CreateAgent", _REGISTER, variables, seconds=seconds)
-    agent = str(_understood(lambda: answer["createAgent"]["agent"]["id"]))
+    agent = str(understood(lambda: answer["createAgent"]["agent"]["id"], _WHOM))
     until, waiting = time.monotonic() + patience, False
     while True:
         for command in commands(agent, {}, seconds=seconds):
             if command.get("type") in ("run", "resume"):
-                return _understood(lambda: _drawn(command, agent))  # noqa: B023  (called at once)
+                return understood(lambda: _drawn(command, agent), _WHOM)  # noqa: B023  (called at once)
             if command.get("type") == "exit":
                 return None
         if time.monotonic() > until:
@@ -124,19 +124,11 @@ def commands(agent: str, running: dict[str, bool], *, seconds: float) -> list[di
     """What W&B wants of an agent with these runs. Raises ServerError."""
     variables = {"id": agent, "metrics": "{}", "runState": json.dumps(running)}
     answer = asked("Heartbeat", _HEARTBEAT, variables, seconds=seconds)
-    return _understood(lambda: list(json.loads(answer["agentHeartbeat"]["commands"])))
+    return understood(lambda: list(json.loads(answer["agentHeartbeat"]["commands"])), _WHOM)
 
 
 def _drawn(command: dict[str, Any], agent: str) -> Drawn:
     return Drawn(command["run_id"], agent, {name: value["value"] for name, value in command["args"].items()})
-
-
-def _understood(read: Callable[[], T]) -> T:
-    """What is read of an answer. Raises ServerError where it is none."""
-    try:
-        return read()
-    except (TypeError, KeyError, ValueError, AttributeError):
-        raise ServerError(f"{server()} does not answer an agent as a W&B server does") from None
 
 
 class Agent:

@@ -20,7 +20,7 @@ import urllib.request
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import wandb
 
@@ -35,6 +35,7 @@ FLUSH_SECONDS = 1.0  # between writes of the segment: what SIGKILL may cost. W&B
 _QUERY = """query RunResumeStatus($project: String, $entity: String, $name: String!) {
   model(name: $project, entityName: $entity) { bucket(name: $name, missingOk: true) { historyTail } }
 }"""
+T = TypeVar("T")
 
 
 class TrackingError(Exception):
@@ -244,6 +245,11 @@ def server() -> str:
     return str(wandb.setup().settings.base_url)
 
 
+def app_address() -> str:
+    """Where its pages are."""
+    return str(wandb.setup().settings.app_url).rstrip("/")
+
+
 class _Straight(urllib.request.HTTPRedirectHandler):
     """No redirect is followed: urllib would take the key to whatever host it names."""
 
@@ -286,6 +292,14 @@ def asked(operation: str, query: str, variables: dict[str, Any], *, seconds: flo
         raise ServerError(f"{url} does not answer ({reason(getattr(error, 'reason', error))})") from None
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ServerError(f"{url} does not answer as a W&B server does") from None
+
+
+def understood(read: Callable[[], T], whom: str = "") -> T:
+    """What is read of an answer. Raises ServerError where it is none."""
+    try:
+        return read()
+    except (TypeError, KeyError, ValueError, AttributeError):
+        raise ServerError(f"{server()} does not answer {whom}as a W&B server does") from None
 
 
 def _end_client() -> None:

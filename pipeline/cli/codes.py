@@ -13,11 +13,21 @@ def code_of(error: Exception) -> int | None:
         return FAILED  # no space, no permission, no such place
     if "InterruptedRunError" in names:
         return FAILED  # of an evaluation: nothing is kept; `train` answers its own with 75
-    if names & {"LockedError", "CheckpointError", "SyncError", "QueueError", "SweepError", "CommandError"}:
+    if names & {
+        "LockedError",
+        "CheckpointError",
+        "SyncError",
+        "QueueError",
+        "SweepError",
+        "CommandError",
+        "DashboardError",
+    }:
         return FAILED
     if "FailedRunError" in names:
         return int(error.code)  # type: ignore[attr-defined]
-    return USAGE if names & {"ConfigError", "NotARunError"} else BAD_DATA if "DataError" in names else None
+    return (
+        USAGE if names & {"ConfigError", "NotARunError", "PlaceError"} else BAD_DATA if "DataError" in names else None
+    )
 
 
 def line_of(error: Exception) -> str:

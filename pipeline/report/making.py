@@ -38,9 +38,8 @@ def make_report(
     """
     if len(paths) > COLOURS:
         raise NotARunError(f"{len(paths)} runs are too many to be told apart; give {COLOURS} at most")
-    runs = [read_run(path) for path in paths]
-    _tell_apart(runs)
-    chosen = list(targets) or _targets(runs)
+    runs = read_runs(paths)
+    chosen = list(targets) or default_targets(runs)
     sections = figures(runs, chosen[0] if len(runs) > 1 and chosen else math.nan)
     ledgers = {
         run.name: found
@@ -56,17 +55,20 @@ def make_report(
     return output / PAGE
 
 
-def _tell_apart(runs: Sequence[Run]) -> None:
-    """Runs of one name get their directory in front."""
+def read_runs(paths: Sequence[Path]) -> list[Run]:
+    """Runs that can be told apart: those of one name get their directory in front. Raises NotARunError."""
+    runs = [read_run(path) for path in paths]
     names = [run.name for run in runs]
     for run in runs:
         if names.count(run.name) > 1:
             run.name = str(run.directory)
     if len({run.directory.resolve() for run in runs}) < len(runs):
         raise NotARunError("a run is given twice; give each once")
+    return runs
 
 
-def _targets(runs: Sequence[Run]) -> list[float]:
+def default_targets(runs: Sequence[Run]) -> list[float]:
+    """Top-1 to be reached where none is asked for: the best of the first run, or levels below that of a single one."""
     best = best_top1(runs[0])
     if not math.isfinite(best):
         return [math.nan]

@@ -17,11 +17,10 @@ from pipeline.report.ledger import Epoch
 from pipeline.report.markup import Cell, Html, cards, key, table, tag, text
 from pipeline.report.record import Run
 from pipeline.report.svg import svg
+from pipeline.report.words import APART, NEVER, differing, duration, fraction, value_of, written
 
 # The page may draw itself, and do nothing else: a browser refuses every request.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
-_APART = ("run.id", "run.dir")  # differ between any two runs
-_NEVER = "never"
 
 
 def page(
@@ -112,12 +111,12 @@ def _facts(run: Run) -> list[tuple[str, str]]:
     hours = max((float(accounting.running_hours(run, t)[-1]) for t in (run.train, run.val) if len(t["step"])),
                 default=math.nan)  # fmt: skip
     return [
-        ("best top-1", _fraction(accounting.best_top1(run))),
-        ("newest top-1", _fraction(float(run.val["top1"][-1]) if len(run.val["top1"]) else math.nan)),
+        ("best top-1", fraction(accounting.best_top1(run))),
+        ("newest top-1", fraction(float(run.val["top1"][-1]) if len(run.val["top1"]) else math.nan)),
         ("steps", f"{run.steps:,}"),
         ("epochs", f"{epochs:.4g}"),
-        ("running", _duration(hours)),
-        ("goodput", _fraction(found.goodput if found else math.nan)),
+        ("running", duration(hours)),
+        ("goodput", fraction(found.goodput if found else math.nan)),
         ("images/s, median", f"{float(np.median(speed)):,.0f}" if len(speed) else "–"),
         ("starts", str(len(run.starts))),
     ]
@@ -132,7 +131,7 @@ def _targets(runs: Sequence[Run], targets: Sequence[float]) -> Html:
     """Figure 3 of Ioffe & Szegedy 2015: steps to the target, and the most that was reached."""
     if not any(len(run.val["top1"]) for run in runs):
         return tag("p", "No validation yet.", kind="soft")
-    head = ["run", *(f"steps to {_fraction(target)}" for target in targets), "max top-1", "at step"]
+    head = ["run", *(f"steps to {fraction(target)}" for target in targets), "max top-1", "at step"]
     if len(targets) == 1:
         head[2:2] = ["epochs", "time", "× fewer steps"]
     reference = accounting.first_at(runs[0], targets[0])
@@ -140,14 +139,14 @@ def _targets(runs: Sequence[Run], targets: Sequence[float]) -> Html:
     for number, run in enumerate(runs):
         reached = [accounting.first_at(run, target) for target in targets]
         row: list[Cell] = [_named(number, run.name)]
-        row += [f"{each.step:,}" if each else _NEVER for each in reached]
+        row += [f"{each.step:,}" if each else NEVER for each in reached]
         first = reached[0]
         if len(targets) == 1:
             ratio = f"{reference.step / first.step:.3g}" if reference and first else "–"
-            row += [f"{first.epoch:.4g}", _duration(first.hours), ratio] if first else ["–", "–", "–"]
+            row += [f"{first.epoch:.4g}", duration(first.hours), ratio] if first else ["–", "–", "–"]
         best = accounting.best_top1(run)
         top = accounting.first_at(run, best) if math.isfinite(best) else None
-        row += [_fraction(best), f"{top.step:,}" if top else "–"]
+        row += [fraction(best), f"{top.step:,}" if top else "–"]
         rows.append(row)
     return table(head, rows, numbers=range(1, len(head)))
 
@@ -179,7 +178,7 @@ def _starts(runs: Sequence[Run]) -> Html:
             rows.append([
                 _named(number, f"{run.name} {count}"),
                 f"{datetime.fromtimestamp(start.at, tz=UTC):%Y-%m-%d %H:%M:%S}",
-                _duration((end - start.at) / 3600),
+                duration((end - start.at) / 3600),
                 f"{start.step:,}", f"{follower.step if follower else run.steps:,}", f"{lost:,}" if lost else "–",
                 str(start.ranks), device, start.ended,
             ])  # fmt: skip
@@ -243,39 +242,15 @@ def _verdict(run: Run, epoch: Epoch, found: Sequence[Epoch]) -> str:
 
 def _config(runs: Sequence[Run]) -> Html:
     if len(runs) == 1:
-        rows: list[list[Cell]] = [[tag("code", name), _value(value)] for name, value in runs[0].config.items()]
+        rows: list[list[Cell]] = [[tag("code", name), written(value)] for name, value in runs[0].config.items()]
         axes = " × ".join(str(runs[0].config.get(f"run.{axis}") or "–") for axis in ("recipe", "data", "cluster"))
         return Html(f"{tag('p', axes).text}<details><summary>All {len(rows)} keys</summary>"
                     f"{table(['key', 'value'], rows).text}</details>")  # fmt: skip
     keys = dict.fromkeys(name for run in runs for name in run.config)
-    differing = [
-        name for name in keys
-        if name not in _APART and len({_value(run.config.get(name, "(absent)")) for run in runs}) > 1
-    ]  # fmt: skip
-    if not differing:
+    names = differing(runs)
+    if not names:
         return tag("p", "The runs have the same config.", kind="soft")
     heads = [_named(number, run.name) for number, run in enumerate(runs)]
-    same = f"{len(keys) - len(differing) - len([name for name in _APART if name in keys])} other keys are the same."
-    rows = [[tag("code", name), *(_value(run.config.get(name, "(absent)")) for run in runs)] for name in differing]
+    same = f"{len(keys) - len(names) - len([name for name in APART if name in keys])} other keys are the same."
+    rows = [[tag("code", name), *(value_of(run, name) for run in runs)] for name in names]
     return Html(f"{table(['key', *heads], rows).text}{tag('p', same, kind='soft').text}")
-
-
-def _value(value: object) -> str:
-    if value is None or isinstance(value, bool):
-        return str(value).lower().replace("none", "null")
-    return str(value) if value != "" else '""'
-
-
-def _fraction(value: float) -> str:
-    return f"{value * 100:.4g} %" if math.isfinite(value) else "–"
-
-
-def _duration(hours: float) -> str:
-    """Hours as a reader says them: 3.2 h, 41 min, 12 s."""
-    if not math.isfinite(hours):
-        return "–"
-    if hours >= 48:
-        return f"{hours / 24:.1f} days"
-    if hours >= 1:
-        return f"{hours:.1f} h"
-    return f"{hours * 60:.0f} min" if hours * 60 >= 2 else f"{hours * 3600:.0f} s"

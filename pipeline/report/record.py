@@ -62,7 +62,10 @@ class Norms:
 
 @dataclass(slots=True)
 class Run:
-    """One run. train, val: columns of metrics.csv by name, NaN where a row lacks a value."""
+    """One run. train, val: columns of metrics.csv by name, NaN where a row lacks a value.
+
+    wandb_id: by which W&B knows it; "" where run.json does not say.
+    """
 
     name: str
     directory: Path
@@ -72,6 +75,7 @@ class Run:
     val: dict[str, Values]
     norms: Norms | None = None
     images: int = 0  # of the training split; 0 = not known
+    wandb_id: str = ""
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -115,6 +119,7 @@ def read_run(path: Path) -> Run:
         val=_columns(row for row in rows if row.split == "val"),
         norms=_norms(directory / "norms.csv"),
         images=_images(directory / "dataset.json"),
+        wandb_id=_wandb_id(directory / "run.json"),
         notes=notes,
     )
 
@@ -207,6 +212,13 @@ def _norms(path: Path) -> Norms | None:
     table[:, row_T, column_T] = np.array(values).T
     return Norms(np.array([float(step) for step in steps]), list(layers),
                  dict(zip(NORM_FIGURES, table, strict=True)))  # fmt: skip
+
+
+def _wandb_id(path: Path) -> str:
+    try:
+        return str(json.loads(path.read_text())["wandb_id"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
 
 
 def _images(path: Path) -> int:

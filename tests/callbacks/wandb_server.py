@@ -52,6 +52,18 @@ class StoredSweep:
         return json.dumps({"method": "grid", "program": "none", "command": command, "parameters": varied})
 
 
+@dataclass
+class StoredView:
+    """A workspace (project-view) or a report (runs). saves: how often it was sent."""
+
+    id: str
+    kind: str
+    name: str
+    title: str = ""
+    spec: dict = field(default_factory=dict)
+    saves: int = 0
+
+
 class WandbServer:
     """fault: what is answered instead, by the name of the operation (every = all): a status, or seconds of delay."""
 
@@ -64,6 +76,8 @@ class WandbServer:
         self.command: list[str] = []  # of every sweep, for `wandb agent`
         self.stop: set[str] = set()  # runs that their agents are told to stop
         self._one = threading.Lock()  # agent at a time
+        self.projects: set[str] | None = None  # None: every project that is asked for
+        self.views: list[StoredView] = []
         self.calls: Counter[str] = Counter()
         self.elsewhere = ""  # where a fault of 3xx sends the client
         self.received: list[bytes] = []
@@ -203,6 +217,22 @@ class WandbServer:
             elif not running:
                 commands = [{"type": "exit"}]
         return {"data": {"agentHeartbeat": {"agent": {"id": variables["id"]}, "commands": json.dumps(commands)}}}
+
+    def Views(self, variables: dict) -> dict:
+        if self.projects is not None and f"{variables['entity']}/{variables['project']}" not in self.projects:
+            return {"data": {"project": None}}
+        nodes = [{"node": {"id": view.id, "name": view.name}} for view in self.views
+                 if (view.kind, view.name) == (variables["type"], variables["view"])]  # fmt: skip
+        return {"data": {"project": {"internalId": "77", "allViews": {"edges": nodes}}}}
+
+    def UpsertView(self, variables: dict) -> dict:
+        view = next((view for view in self.views if view.id == variables["id"]), None)
+        inserted = view is None
+        if view is None:
+            view = StoredView(f"Vmlldzo{len(self.views)}==", variables["type"], variables["name"])
+            self.views.append(view)
+        view.title, view.spec, view.saves = variables["title"], json.loads(variables["spec"]), view.saves + 1
+        return {"data": {"upsertView": {"view": {"id": view.id, "name": view.name}, "inserted": inserted}}}
 
     def CreateRunFiles(self, variables: dict) -> dict:
         files = [{"name": name, "uploadUrl": f"{self.environment['WANDB_BASE_URL']}/files/{name}"}
