@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +32,13 @@ class Losses(lightning.Callback):
     """Watches the loss of every step. spike_factor: times the running median; 0 = only what is no number.
 
     directory: the run's; skipped.jsonl there lists the steps that are not trained on, at this and every later start.
-    steps: optimizer steps of an epoch. pieces: micro-batches of a step.
+    steps: optimizer steps of an epoch. pieces: micro-batches of a step. tell: called by rank 0 with what was found.
     """
 
     def __init__(self, directory: Path, *, rank: int, world: int, host: str, on_nan: str, spike_factor: float,
-                 steps: int, pieces: int, name: NameSamples):  # fmt: skip
+                 steps: int, pieces: int, name: NameSamples,
+                 tell: Callable[[str], object] = lambda text: None):  # fmt: skip
+        self.tell = tell
         self.directory, self.rank, self.world, self.host = directory, rank, world, host
         self.on_nan, self.spike_factor, self.steps, self.pieces, self.name = on_nan, spike_factor, steps, pieces, name
         self.agreement = Agreement()
@@ -148,6 +151,7 @@ class Losses(lightning.Callback):
             if skip:
                 with (self.directory / "skipped.jsonl").open("a") as file:
                     file.write(json.dumps(line) + "\n")
+            self.tell(f"{text}; {_WAYS[skip]}")
         raise FailedRunError(
             f"{text}; {_WAYS[skip]}", code=AGAIN if skip else NOT_AGAIN, shared=True, restart=skip
         )  # fmt: skip

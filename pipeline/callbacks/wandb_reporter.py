@@ -13,6 +13,7 @@ import json
 import logging
 import netrc
 import os
+import threading
 import time
 import urllib.error
 import urllib.parse
@@ -27,13 +28,22 @@ import wandb
 from pipeline.callbacks.journal import Row, read_journal
 from pipeline.callbacks.segments import Values, last_position, position, position_of, values
 
+FAILED = 1
 RESUMABLE = 75  # the exit code by which W&B knows a preempted run from a failed one
 INIT_SECONDS, FINISH_SECONDS = 30.0, 20.0  # as long as a server may keep a run from starting and from ending
+ALERT_SECONDS = 5.0  # for the server to take an alert
 FLUSH_SECONDS = 1.0  # between writes of the segment: what SIGKILL may cost. W&B's own 15 s lost 40 rows of 40
 
 # What wandb-core asks when it resumes a run; historyTail is the last line of the history.
 _QUERY = """query RunResumeStatus($project: String, $entity: String, $name: String!) {
   model(name: $project, entityName: $entity) { bucket(name: $name, missingOk: true) { historyTail } }
+}"""
+# As the client's run.alert asks, but not through its process: that takes alerts, rows and the end of a run one after
+# another, and towards a server that answers an alert with 500 it kept a run from ending for more than ten minutes.
+_ALERT = """mutation NotifyScriptableRunAlert($entityName: String!, $projectName: String!, $runName: String!,
+    $title: String!, $text: String!, $severity: AlertSeverity = INFO, $waitDuration: Duration) {
+  notifyScriptableRunAlert(input: {entityName: $entityName, projectName: $projectName, runName: $runName,
+      title: $title, text: $text, severity: $severity, waitDuration: $waitDuration}) { success }
 }"""
 T = TypeVar("T")
 
@@ -82,6 +92,7 @@ class WandbReporter:
         self._run: Any = None
         self._clients = 0
         self._seen: Values = {}
+        self._alerts: list[threading.Thread] = []
         self._open(mode)
 
     def append(self, row: Row) -> None:
@@ -94,15 +105,41 @@ class WandbReporter:
         """
         self._seen |= figures
 
+    def alert(self, title: str, text: str, *, level: str, wait_seconds: float) -> None:
+        """Have W&B tell its users, if the run is online. For any thread; returns at once, and fails without a word.
+
+        level: INFO, WARN or ERROR. wait_seconds: that W&B lets pass before the next one of this title.
+        """
+        run = self._run
+        if run is None or self.mode != "online":
+            return
+        variables = {"entityName": run.entity, "projectName": run.project, "runName": run.id, "title": title,
+                     "text": text, "severity": level, "waitDuration": round(wait_seconds * 1000)}  # fmt: skip
+
+        def send() -> None:
+            with contextlib.suppress(ServerError):
+                asked("NotifyScriptableRunAlert", _ALERT, variables, seconds=ALERT_SECONDS)
+
+        thread = threading.Thread(target=send, name="alert", daemon=True)
+        self._alerts.append(thread)
+        thread.start()
+
     def interrupted(self) -> None:
         self._exit_code = RESUMABLE
         if not self.place.returns:
             self._surely(lambda: self._run.mark_preempting())  # noqa: PLW0108  of the client that there is by then
 
+    def failed(self) -> None:
+        """The run is about to end by an error: in W&B it is failed, not finished."""
+        self._exit_code = self._exit_code or FAILED
+
     def close(self) -> None:
         self._surely(lambda: self._run.finish(exit_code=self._exit_code))
         if self._run is not None and self.mode == "online":
             self._compare()
+        until = time.monotonic() + ALERT_SECONDS  # of one that the end followed at once
+        for thread in self._alerts:
+            thread.join(max(until - time.monotonic(), 0.0))
 
     def _log(self, row: Row) -> None:
         at = position(row.step, row.split)

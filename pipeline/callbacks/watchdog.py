@@ -47,6 +47,7 @@ class Watchdog(lightning.Callback):
     """Moves the pulse, and watches it. hang_seconds: without a move, beyond which a rank is named; 0 = never.
 
     first_seconds: the same for what has not been done twice yet. hint: how to go on. logs: for stacks and reports.
+    tell: called once with who holds up the run; must return at once.
     heartbeat: renewed while this rank stands nowhere for longer than is allowed; with hang_seconds = 0, while it runs.
     """
 
@@ -63,8 +64,10 @@ class Watchdog(lightning.Callback):
         name: NameSamples,
         hint: str = "",
         say: Callable[[str], None] = print,
+        tell: Callable[[str], object] = lambda text: None,
         heartbeat: Heartbeat | None = None,
     ):
+        self.tell = tell
         self.heartbeat = heartbeat
         self.pulse, self.rank, self.world, self.host, self.name = pulse, rank, world, host, name
         self.hang_seconds, self.first_seconds, self.logs, self.hint, self.say = (
@@ -276,6 +279,7 @@ class Watchdog(lightning.Callback):
             self._pronounce(text, suspicion)
         elif ranks != self._named:
             self._named = ranks
+            self.tell(f"{text}; if it does not go on, all ranks end")
             self.say(f"WARNING: {text}; if it does not go on, all ranks end")
 
     def _without_store(self, mine: Report) -> None:

@@ -209,7 +209,7 @@ _BETWEEN = {
     "seed": (0, 2**32 - 1), "model.dropout": (0, 0.999),
     "norm.momentum": (0, 1), "data.evaluation_crop": (0.05, 1), "data.bad_samples": (0, 1),
     "augment.area_min": (0, 1), "docker.port": (1024, 65535),
-    "optimizer.momentum": (0, 0.9999), "loss.label_smoothing": (0, 0.999),
+    "tracking.goodput_alert": (0, 1), "optimizer.momentum": (0, 0.9999), "loss.label_smoothing": (0, 0.999),
 }  # fmt: skip
 
 

@@ -233,6 +233,7 @@ class TrackingConfig:
     gradients_every_steps: int = 0  # optimizer steps between histograms of gradients (gradients.csv); 0 = never
     layers: list[str] = field(default_factory=list)  # patterns of names, as "body.5*", for these two; empty = the
     # pre-activations of the last hidden layer, and the gradients of every weight
+    goodput_alert: float = 0.0  # goodput below which W&B alerts, an hour after the run first began; 0 = never
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -187,13 +188,20 @@ def newest_step(directory: Path) -> int:
     return max((int(step) for step in steps if step.isdigit()), default=0)
 
 
+def failed_in_a_row(starts: Sequence[Mapping[str, object]], step: int) -> int:
+    """How many of the last starts failed, each begun at this step."""
+    count = 0
+    for start in reversed(starts):
+        if start.get("ended") in ("done", "interrupted") or start.get("step", 0) != step:
+            break
+        count += 1
+    return count
+
+
 def refuse_crash_loop(config: Config, record: RunRecord, step: int) -> None:
     """Raises ConfigError where the last starts of a run all failed at this step."""
     allowed = config.run.stalled_starts
-    last = record.starts[-allowed:] if allowed else []
-    if len(last) < max(allowed, 1) or any(s.get("ended") in ("done", "interrupted") for s in last):
-        return
-    if all(start.get("step", 0) == step for start in last):
+    if allowed and failed_in_a_row(record.starts, step) >= allowed:
         raise ConfigError(
             f"{config.run.id} failed {allowed} times in a row after step {step} and never got further: it would again; "
             f"see {config.directory / 'logs'} and what it printed, mend the cause, and go on once with "

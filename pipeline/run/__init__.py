@@ -26,7 +26,7 @@ from pipeline.launch.plan import note_start
 from pipeline.run.assembly import Assembly, assemble, build_trainer, device_name
 from pipeline.run.failures import explained, interruptible
 from pipeline.run.reports import announce, statistics_used, summarize, table
-from pipeline.run.watching import build_reporters, build_watch
+from pipeline.run.watching import build_reporters, build_watch, reporting
 from pipeline.training.checkpoint import clear, newest, set_aside
 from pipeline.training.checkpoint_io import CheckpointFiles
 from pipeline.training.classifier import Classifier
@@ -58,20 +58,18 @@ def train(config: Config, world: World, console: Console, watchers: Sequence[lig
 def _train(run: Assembly, console: Console, watchers: Sequence[lightning.Callback]) -> Scores | None:
     start = _start(run, console)
     reporters = build_reporters(run, start, console) if run.world.leads else []
-    try:
-        watch = build_watch(run, reporters, console)
-        trainer = build_trainer(run, [*watch.callbacks, *watchers])
-        with explained(run, watch.watchdog):
-            trainer.fit(run.classifier, datamodule=run.data, ckpt_path=start, weights_only=True)
-            if watch.tracking.validated_step != trainer.global_step:
-                trainer.validate(run.classifier, datamodule=run.data, verbose=False)
-                run.checkpoints.keep_best(trainer, run.classifier.scores)
-            run.checkpoints.finish()
-    except MisconfigurationException as error:
-        raise ConfigError(f"{start}: {str(error).splitlines()[0]}") from None
-    finally:
-        for reporter in reporters:
-            reporter.close()
+    with reporting(reporters):
+        try:
+            watch = build_watch(run, reporters, console)
+            trainer = build_trainer(run, [*watch.callbacks, *watchers])
+            with explained(run, watch.watchdog):
+                trainer.fit(run.classifier, datamodule=run.data, ckpt_path=start, weights_only=True)
+                if watch.tracking.validated_step != trainer.global_step:
+                    trainer.validate(run.classifier, datamodule=run.data, verbose=False)
+                    run.checkpoints.keep_best(trainer, run.classifier.scores)
+                run.checkpoints.finish()
+        except MisconfigurationException as error:
+            raise ConfigError(f"{start}: {str(error).splitlines()[0]}") from None
     if run.world.leads:
         summarize(run, trainer.global_step, watch.throughput.elapsed(), console)
     return run.classifier.scores

@@ -7,7 +7,8 @@ import os
 import signal
 import socket
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
 from functools import partial
@@ -18,6 +19,7 @@ import lightning
 from rich.console import Console
 
 from pipeline.callbacks.activations import Activations
+from pipeline.callbacks.alerts import Alerts
 from pipeline.callbacks.bad_samples import BadSamples
 from pipeline.callbacks.gradient_layout import GradientLayout
 from pipeline.callbacks.gradients import Gradients, weights
@@ -26,7 +28,7 @@ from pipeline.callbacks.ledger import Ledger
 from pipeline.callbacks.losses import Losses
 from pipeline.callbacks.norms import Norms
 from pipeline.callbacks.population import Population
-from pipeline.callbacks.preemption import Preemption, SameStart
+from pipeline.callbacks.preemption import InterruptedRunError, Preemption, SameStart
 from pipeline.callbacks.progress import ProgressReport
 from pipeline.callbacks.sweep import Agent
 from pipeline.callbacks.throughput import Throughput
@@ -35,7 +37,7 @@ from pipeline.callbacks.wandb_reporter import TrackingError, WandbPlace, WandbRe
 from pipeline.callbacks.watchdog import Watchdog
 from pipeline.config import Config, ConfigError
 from pipeline.launch.heartbeat import Heartbeat, heartbeat_path
-from pipeline.launch.plan import STOPPED, add_to_start, read_record
+from pipeline.launch.plan import STOPPED, RunRecord, add_to_start, failed_in_a_row, newest_step, read_record
 from pipeline.launch.pulse import Pulse, pulse_path
 from pipeline.norm import revert
 from pipeline.norm.preactivations import chosen, layers
@@ -55,7 +57,8 @@ class Watch:
 
 def build_watch(run: Assembly, reporters: Sequence[Reporter], console: Console) -> Watch:
     config, world = run.config, run.world
-    watchdog, losses = build_watchdog(run, console), build_losses(run)
+    alerts = next((reporter for reporter in reporters if isinstance(reporter, Alerts)), None)
+    watchdog, losses = build_watchdog(run, console, alerts), build_losses(run, alerts)
     throughput = Throughput(watchdog.pulse, every_steps=config.tracking.every_steps)
     tracking = Tracking(
         throughput,
@@ -166,7 +169,7 @@ def _note_machines(directory: Path, machines: list[str]) -> None:
     add_to_start(directory, machines=[{"machine": name, "ranks": n} for name, n in Counter(machines).items()])
 
 
-def build_watchdog(run: Assembly, console: Console) -> Watchdog:
+def build_watchdog(run: Assembly, console: Console, alerts: Alerts | None) -> Watchdog:
     config, world = run.config, run.world
     beats_at = heartbeat_path(world.local_rank)
     return Watchdog(
@@ -180,11 +183,12 @@ def build_watchdog(run: Assembly, console: Console) -> Watchdog:
         name=run.data.names,
         hint=f"go on with: {config.way_on}",
         say=partial(console.print, highlight=False, soft_wrap=True),
+        tell=alerts.stall if alerts else lambda text: None,
         heartbeat=Heartbeat(beats_at) if beats_at else None,
     )
 
 
-def build_losses(run: Assembly) -> Losses:
+def build_losses(run: Assembly, alerts: Alerts | None) -> Losses:
     config, world = run.config, run.world
     return Losses(
         config.directory,
@@ -196,6 +200,7 @@ def build_losses(run: Assembly) -> Losses:
         steps=run.data.train_loader.steps,
         pieces=run.data.batching.pieces,
         name=run.data.names,
+        tell=alerts.bad_loss if alerts else lambda text: None,
     )
 
 
@@ -224,10 +229,41 @@ def build_reporters(run: Assembly, start: Path | None, console: Console) -> list
         where = f"  upload with: pipeline sync {config.directory}" if "offline" in tracker.mode else ""
         say(f"W&B {tracker.mode}, run {place.id}{where}")
         reporters.append(tracker)
+        if tracker.mode == "online":
+            reporters.append(build_alerts(config, record, tracker))
         if tracker.mode == "online" and place.returns:
             agent = str(record.sweep["agent"])
             reporters.append(Agent(agent, place.id, partial(_stop, config.directory)))
     return reporters
+
+
+@contextmanager
+def reporting(reporters: Sequence[Reporter]) -> Iterator[None]:
+    """Close them behind what runs inside, with a word to W&B if it failed: one that was interrupted has said so."""
+    try:
+        yield
+    except InterruptedRunError:
+        raise
+    except Exception:
+        for reporter in reporters:
+            if isinstance(reporter, WandbReporter):
+                reporter.failed()
+        raise
+    finally:
+        for reporter in reporters:
+            reporter.close()
+
+
+def build_alerts(config: Config, record: RunRecord, tracker: WandbReporter) -> Alerts:
+    """Alerts of a run, of which the first is that this start follows others that failed where it goes on."""
+    began = datetime.fromisoformat(str(record.starts[0]["at"])).timestamp()
+    alerts = Alerts(tracker.alert, name=config.run.id, directory=config.directory, command=config.way_on, began=began,
+                    goodput=config.tracking.goodput_alert)  # fmt: skip
+    allowed, step = config.run.stalled_starts, newest_step(config.directory)
+    failed = failed_in_a_row(record.starts[:-1], step)
+    if allowed and failed >= max(allowed - 1, 1):  # the last one before a refusal, of which W&B would not hear
+        alerts.crash_loop(failed, step, allowed)
+    return alerts
 
 
 def _stop(directory: Path) -> None:

@@ -24,6 +24,7 @@ class StoredRun:
     exit_code: int | None = None
     sweep: str | None = None
     stopped: bool = False
+    alerts: list[dict] = field(default_factory=list)
 
     def bucket(self, entity: str) -> dict:
         """What a resuming client reads: the number of lines of each stream, and the last line of the history."""
@@ -217,6 +218,10 @@ class WandbServer:
             elif not running:
                 commands = [{"type": "exit"}]
         return {"data": {"agentHeartbeat": {"agent": {"id": variables["id"]}, "commands": json.dumps(commands)}}}
+
+    def NotifyScriptableRunAlert(self, variables: dict) -> dict:
+        self.runs[variables["runName"]].alerts.append(variables)
+        return {"data": {"notifyScriptableRunAlert": {"success": True}}}
 
     def Views(self, variables: dict) -> dict:
         if self.projects is not None and f"{variables['entity']}/{variables['project']}" not in self.projects:
