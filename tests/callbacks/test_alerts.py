@@ -1,11 +1,14 @@
 """What is told, how often, and that it arrives by the real client."""
 
+import re
 import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 import wandb
+from wandb.automations import ProjectScope, SlackIntegration
+from wandb.automations._inputs import prepare_to_create
 
 from pipeline.callbacks import wandb_reporter
 from pipeline.callbacks.alerts import HOUR, Alerts
@@ -177,3 +180,36 @@ def test_no_fault_of_an_alert_holds_up_the_run_or_its_end(monkeypatch, server, t
     assert server.calls["NotifyScriptableRunAlert"] == 4
     assert len(server.run.history) == 1
     assert not said
+
+
+def test_the_lines_of_the_page_build_an_automation_that_the_client_accepts(monkeypatch):
+    made = []
+
+    class Api:
+        def slack_integrations(self, entity):
+            yield SlackIntegration(id="SW50ZWdyYXRpb246MTI=", team_name=entity, channel_name="runs")
+
+        def project(self, name, entity):
+            return ProjectScope(id="UHJvamVjdDp2MTpwOmU=", name=name)
+
+        def create_automation(self, automation, **more):
+            more.pop("fetch_existing")
+            made.append(prepare_to_create(automation, **more))
+
+    monkeypatch.setattr(wandb, "Api", Api)
+    page = Path(__file__).parents[2] / "docs" / "alerts.md"
+    (lines,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    exec(lines, {})
+    (automation,) = made
+    assert automation.name == "a run failed"
+    assert automation.triggering_event_type == "RUN_STATE"
+    assert "FAILED" in automation.model_dump_json()
+
+
+def test_the_page_names_every_alert():
+    page = (Path(__file__).parents[2] / "docs" / "alerts.md").read_text()
+    told = Told()
+    tell_all(told.alerts)
+    told.alerts.goodput = 0.9
+    told.alerts.append(row(0.1, BEGAN + 2 * HOUR))
+    assert {f"RUN: {title.removeprefix('run: ')}" for title in told.titles} == set(re.findall(r"`(RUN: [^`]+)`", page))
