@@ -52,8 +52,8 @@ class Alerts:
         """This start goes on where so many before it failed; after `allowed` of them the next one is refused."""
         self._tell(
             "crash loop",
-            f"{failed} starts in a row failed after step {step} without getting further; after {allowed} of them the "
-            f"next start is refused (run.stalled_starts). Logs: {self.directory / 'logs'}",
+            f"starts in a row that failed after step {step} and got no further: {failed}; after {allowed} of them "
+            f"(run.stalled_starts) the next one is refused. Logs: {self.directory / 'logs'}",
             "ERROR", WAIT,
         )  # fmt: skip
 

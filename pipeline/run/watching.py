@@ -257,8 +257,8 @@ def reporting(reporters: Sequence[Reporter]) -> Iterator[None]:
 def build_alerts(config: Config, record: RunRecord, tracker: WandbReporter) -> Alerts:
     """Alerts of a run, of which the first is that this start follows others that failed where it goes on."""
     began = datetime.fromisoformat(str(record.starts[0]["at"])).timestamp()
-    alerts = Alerts(tracker.alert, name=config.run.id, directory=config.directory, command=config.way_on, began=began,
-                    goodput=config.tracking.goodput_alert)  # fmt: skip
+    alerts = Alerts(tracker.alert, name=config.run.id, directory=config.directory.resolve(), command=config.way_on,
+                    began=began, goodput=config.tracking.goodput_alert)  # fmt: skip
     allowed, step = config.run.stalled_starts, newest_step(config.directory)
     failed = failed_in_a_row(record.starts[:-1], step)
     if allowed and failed >= max(allowed - 1, 1):  # the last one before a refusal, of which W&B would not hear
