@@ -61,6 +61,23 @@ ONLY_IN_WANDB = (
     Metric("images_per_s_node", "images/s", TRAIN, "images_per_s / nodes: what a node does in the mean"),
     Metric("images_per_s_rank", "images/s", TRAIN, "images_per_s / ranks: what a rank does in the mean"),
 )
+# Of every node: in system/node-<n>.csv, and in W&B as system/<name>/node-<n> beside the first row behind a sample.
+SYSTEM = (
+    Metric("cpu", "fraction", TRAIN, "of the time of all cores, since the sample before"),
+    Metric("load", "", TRAIN, "processes that run or wait to, mean of a minute"),
+    Metric("memory_used_gb", "1e9 bytes", TRAIN, "on the node, by whomever"),
+    Metric("disk_read_mb", "1e6 bytes/s", TRAIN, "from all disks of the node"),
+    Metric("disk_write_mb", "1e6 bytes/s", TRAIN, "to all disks of the node"),
+    Metric("disk_free_gb", "1e9 bytes", TRAIN, "free where the run's directory is"),
+    Metric("network_in_mb", "1e6 bytes/s", TRAIN, "over all interfaces; RDMA is not counted"),
+    Metric("network_out_mb", "1e6 bytes/s", TRAIN, "over all interfaces; RDMA is not counted"),
+)
+OF_EACH_GPU = (  # of GPU <g> of a node, as NVIDIA's driver numbers them: gpu<g>_<name>
+    Metric("use", "fraction", TRAIN, "of time in which a kernel ran"),
+    Metric("memory_used_gb", "1e9 bytes", TRAIN, "by whomever"),
+    Metric("celsius", "degrees", TRAIN, "of the chip"),
+    Metric("watts", "W", TRAIN, "drawn"),
+)
 METRICS = (*AXES, *SCORES, *SPEED, *ONLY_IN_CSV, *ONLY_IN_WANDB)
 
 

@@ -197,6 +197,7 @@ _LEAST = {
     "run.stalled_starts": 0, "cluster.nodes": 1, "cluster.devices": 1, "cluster.lead_seconds": 1,
     "cluster.hang_seconds": 0, "trainer.spike_factor": 0,
     "cluster.workers": -1, "tracking.every_steps": 1, "tracking.norms_every_steps": 0, "slurm.minutes": 0,
+    "tracking.system_every_seconds": 0,
     "tracking.percentiles_every_steps": 0, "tracking.gradients_every_steps": 0,
     "slurm.lead_minutes": 0, "slurm.cpus_per_task": 0, "slurm.gpus_per_node": -1, "slurm.restarts": 0,
     "skypilot.disk_gb": 0,

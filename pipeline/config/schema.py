@@ -228,6 +228,7 @@ class TrackingConfig:
     group: str | None = None
     tags: list[str] = field(default_factory=list)
     every_steps: int = 10  # optimizer steps between rows
+    system_every_seconds: int = 15  # between looks at each node (system/node-<n>.csv); 0 = never
     norms_every_steps: int = 100  # optimizer steps between looks at every norm (norms.csv); 0 = never
     percentiles_every_steps: int = 0  # optimizer steps between looks at pre-activations (percentiles.csv); 0 = never
     gradients_every_steps: int = 0  # optimizer steps between histograms of gradients (gradients.csv); 0 = never

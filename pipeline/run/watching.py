@@ -31,6 +31,7 @@ from pipeline.callbacks.population import Population
 from pipeline.callbacks.preemption import InterruptedRunError, Preemption, SameStart
 from pipeline.callbacks.progress import ProgressReport
 from pipeline.callbacks.sweep import Agent
+from pipeline.callbacks.system import System
 from pipeline.callbacks.throughput import Throughput
 from pipeline.callbacks.tracking import Circumstance, Reporter, Tracking
 from pipeline.callbacks.wandb_reporter import TrackingError, WandbPlace, WandbReporter
@@ -99,7 +100,7 @@ def build_watch(run: Assembly, reporters: Sequence[Reporter], console: Console) 
     layout = GradientLayout(config.data.image_size)
     # Looks come before the row of their step, with which W&B gets what they have seen.
     check_layers(run)
-    looks = build_looks(run, reporters) if world.leads else []
+    looks = build_looks(run, reporters)
     callbacks: list[lightning.Callback] = [same_start, layout, throughput, population, *looks, tracking]
     callbacks += [reporter for reporter in reporters if isinstance(reporter, ProgressReport)]
     if config.ledger:
@@ -109,8 +110,8 @@ def build_watch(run: Assembly, reporters: Sequence[Reporter], console: Console) 
 
 
 def build_looks(run: Assembly, reporters: Sequence[Reporter]) -> list[lightning.Callback]:
-    """What looks into the network at single steps. For the leading rank."""
-    directory, tracking = run.config.directory, run.config.tracking
+    """What looks at this node, by its first rank, and into the network at single steps, by the leading one."""
+    directory, tracking, world = run.config.directory, run.config.tracking, run.world
 
     def tell(figures: Mapping[str, Any]) -> None:
         for reporter in reporters:
@@ -118,6 +119,11 @@ def build_looks(run: Assembly, reporters: Sequence[Reporter]) -> list[lightning.
                 reporter.look(figures)
 
     looks: list[lightning.Callback] = []
+    if (seconds := tracking.system_every_seconds) and world.local_rank == 0:
+        looks.append(System(directory, node=world.node, every_seconds=seconds, every_steps=tracking.every_steps,
+                            tell=tell if world.leads else None))  # fmt: skip
+    if not world.leads:
+        return looks
     if every := tracking.norms_every_steps:
         looks.append(Norms(directory / "norms.csv", every_steps=every))
     if every := tracking.percentiles_every_steps:

@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from pipeline.callbacks.journal import COLUMNS, Row, read_journal
-from pipeline.callbacks.metrics import AXES, METRICS, ONLY_IN_CSV, ONLY_IN_WANDB, wandb_name
+from pipeline.callbacks.metrics import AXES, METRICS, OF_EACH_GPU, ONLY_IN_CSV, ONLY_IN_WANDB, SYSTEM, wandb_name
 from pipeline.callbacks.segments import values
+from pipeline.callbacks.system import wandb_name as wandb_name_of_node
 from pipeline.callbacks.throughput import Spent
 from pipeline.callbacks.tracking import Circumstance, Tracking
 from pipeline.evaluation.metrics import Scores
@@ -38,8 +39,10 @@ def in_wandb(metric) -> list[str]:
 
 
 def test_the_page_of_metrics_names_every_metric_and_no_other():
-    assert documented() == {metric.name: in_wandb(metric) for metric in METRICS}
-    for metric in METRICS:
+    names = [*(metric.name for metric in SYSTEM), *(f"gpu<g>_{metric.name}" for metric in OF_EACH_GPU)]
+    of_nodes = {name: [wandb_name_of_node(name, "node-<n>")] for name in names}
+    assert documented() == {metric.name: in_wandb(metric) for metric in METRICS} | of_nodes
+    for metric in (*METRICS, *SYSTEM, *OF_EACH_GPU):
         assert f"| {metric.unit} | {metric.meaning} |" in PAGE.read_text()
 
 
