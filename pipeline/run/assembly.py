@@ -58,7 +58,10 @@ class Assembly:
 
 def assemble(config: Config, world: World) -> Assembly:
     """Build a run's parts for one process. The initial weights depend on the seed alone."""
-    torch.set_num_threads(config.trainer.threads or 1)
+    threads = config.trainer.threads or 1
+    torch.set_num_threads(threads)
+    # Without it Lightning gives each rank its share of the machine's cores when it begins (2.6), against the config.
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     lightning.seed_everything(config.seed, verbose=False)
     data = build_data(config, world)
     if data.train_loader.read_ahead is not None and world.local_rank == 0:  # once a node; the leading rank's goes to

@@ -7,6 +7,7 @@ loop in plain torch.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import lightning
@@ -180,3 +181,23 @@ def test_a_rank_without_images_changes_nothing(shards, tmp_path, name):
             atol=1e-9,
             msg=parameter,
         )
+
+
+class Threads(lightning.Callback):
+    def on_train_batch_end(self, *_):
+        self.seen = torch.get_num_threads()
+
+
+def train_node(rank: int, world: int, config: Config) -> int:
+    os.environ.update(LOCAL_RANK="0", LOCAL_WORLD_SIZE="1", GROUP_RANK=str(rank))
+    os.environ.pop("OMP_NUM_THREADS", None)
+    threads = Threads()
+    run.train(config, World.from_environment(), Console(quiet=True), [threads])
+    return threads.seen
+
+
+def test_a_rank_has_the_threads_of_its_config_and_not_its_share_of_the_cores(shards, tmp_path):
+    threads = 3 if os.cpu_count() != 3 else 2
+    config = law_config(shards, tmp_path, "run.id=threads", "cluster.nodes=2", "cluster.devices=1",
+                        f"trainer.threads={threads}", "trainer.max_steps=2")  # fmt: skip
+    assert run_ranks(2, train_node, open_run(settled(config))) == [threads] * 2
