@@ -33,6 +33,9 @@ class Row:
     at: float | None = None
     ranks: float | None = None
     nodes: float | None = None
+    slowest_rank: float | None = None
+    slowest_over_median: float | None = None
+    slowest_data_rank: float | None = None
 
 
 COLUMNS = [f.name for f in fields(Row)]

@@ -50,6 +50,12 @@ SPEED = (
            "lies between its starts included"),
     Metric("ranks", "", BOTH, "of this start"),
     Metric("nodes", "", BOTH, "of this start"),
+    Metric("slowest_rank", "", TRAIN, "that takes longer over its own part of a step than the others, again and again; "
+           "none where none does"),
+    Metric("slowest_over_median", "", TRAIN, "the most that a rank's own time a step is of the median of the others', "
+           "in the middle one of the last 20 rows; none for a rank that is alone"),
+    Metric("slowest_data_rank", "", TRAIN, "that waits longer for data than the others, again and again; none where "
+           "none does"),
 )  # fmt: skip
 ONLY_IN_CSV = (
     Metric("split", "", BOTH, "train or val"),

@@ -30,7 +30,8 @@ class InterruptedRunError(Exception):
 class SameStart(lightning.Callback):
     """Before anything else that ranks do together: they go on from the same step. Begins their agreement.
 
-    machine: what this rank runs on, in a line; tell: gets those of all ranks, in their order, on every rank.
+    node: the number of this rank's. machine: what that is, in a line. tell: gets both of all ranks, in their order, on
+    every rank.
     """
 
     def __init__(
@@ -38,21 +39,22 @@ class SameStart(lightning.Callback):
         agreement: Agreement,
         timeout: timedelta,
         *,
+        node: int = 0,
         machine: str = "",
-        tell: Callable[[list[str]], object] = lambda machines: None,
+        tell: Callable[[list[tuple[int, str]]], object] = lambda machines: None,
     ):
-        self.agreement, self.timeout, self.machine, self.tell = agreement, timeout, machine, tell
+        self.agreement, self.timeout, self.node, self.machine, self.tell = agreement, timeout, node, machine, tell
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self.agreement.begin(self.timeout)
-        found = self.agreement.gather((trainer.global_step, self.machine))
-        steps = sorted({step for step, _ in found})
+        found = self.agreement.gather((trainer.global_step, self.node, self.machine))
+        steps = sorted({step for step, *_ in found})
         if len(steps) > 1:
             raise CheckpointError(
                 f"ranks go on from different checkpoints, of steps {steps}: run.dir must be one directory that all "
                 "nodes see"
             )
-        self.tell([machine for _, machine in found])
+        self.tell([(node, machine) for _, node, machine in found])
 
 
 class Preemption(lightning.Callback):

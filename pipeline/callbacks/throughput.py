@@ -14,6 +14,7 @@ import lightning
 import torch
 
 from pipeline.callbacks.bad_samples import sum_over_ranks
+from pipeline.callbacks.stragglers import Times
 from pipeline.launch.pulse import Pulse
 from pipeline.norm.waiting import STATISTICS, Waiting
 
@@ -47,11 +48,14 @@ class Spent:
 class Throughput(lightning.Callback):
     """Clocks of the training loop, each of one rank. every_steps: between rows, of which the last is looked at closely.
 
-    pulse: moved by the watchdog.
+    pulse: moved by the watchdog. by_rank: of all ranks, in the `steps` optimizer steps of the last interval that this
+    start took.
     """
 
-    def __init__(self, pulse: Pulse, *, every_steps: int):
-        self.pulse, self.every_steps = pulse, every_steps
+    def __init__(self, pulse: Pulse, *, every_steps: int, rank: int = 0, world: int = 1):
+        self.pulse, self.every_steps, self.rank, self.world = pulse, every_steps, rank, world
+        self.by_rank: list[Times] = []
+        self.steps = 0
         self._started = time.perf_counter()
         self._taken = self._validated = pulse.spent()
         self._gradients = Waiting()
@@ -126,8 +130,14 @@ class Throughput(lightning.Callback):
             data=passed["loading"],
             checkpoint=passed["checkpoint"],
         )
-        *sums, ranks = sum_over_ranks([*astuple(own), 1.0], device)
-        return self._carried + Spent(*(seconds / ranks for seconds in sums))
+        # Each rank's own figures travel in the same reduction, in places that are 0 on all others.
+        places = [0.0] * (2 * self.world)
+        places[2 * self.rank : 2 * self.rank + 2] = max(own.step - own.statistics - own.gradients, 0.0), own.data
+        clocks = astuple(own)
+        sums = sum_over_ranks([*clocks, *places], device)
+        self.by_rank = [Times(*sums[at : at + 2]) for at in range(len(clocks), len(sums), 2)]
+        self.steps = self._steps
+        return self._carried + Spent(*(seconds / self.world for seconds in sums[: len(clocks)]))
 
     def validation(self) -> float:
         """Seconds in validation and in the estimate of statistics before it, since the last call; of this rank."""

@@ -12,6 +12,7 @@ import lightning
 import torch
 
 from pipeline.callbacks.journal import Row
+from pipeline.callbacks.stragglers import Stragglers
 from pipeline.callbacks.throughput import Spent, Throughput
 from pipeline.evaluation.metrics import Scores
 from pipeline.training.classifier import Classifier
@@ -44,11 +45,13 @@ class Circumstance:
 class Tracking(lightning.Callback):
     """Hands a row to every reporter each `every_steps` optimizer steps and after each validation.
 
-    All ranks merge their sums; reporters are for the leading one, the others have none.
+    All ranks merge their sums; reporters and stragglers are for the leading one, the others have none.
     """
 
     def __init__(self, throughput: Throughput, *, every_steps: int, global_batch_size: int, images: int,
-                 circumstance: Circumstance, reporters: Sequence[Reporter]):  # fmt: skip
+                 circumstance: Circumstance, reporters: Sequence[Reporter],
+                 stragglers: Stragglers | None = None):  # fmt: skip
+        self.stragglers = stragglers
         self.throughput, self.every_steps, self.reporters = throughput, every_steps, reporters
         self.circumstance, self.global_batch_size = circumstance, global_batch_size
         self.epochs_per_step = global_batch_size / images
@@ -61,6 +64,8 @@ class Tracking(lightning.Callback):
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         assert isinstance(pl_module, Classifier)
         self._step, self._classifier = trainer.global_step, pl_module
+        if self.stragglers is not None:
+            self.stragglers.begin(self._step)
         if self._open_sums is not None and trainer.is_global_zero:
             pl_module.resume_training_scores(self._open_sums)
 
@@ -86,8 +91,9 @@ class Tracking(lightning.Callback):
             scores = pl_module.taken_training_scores()
             spent = self.throughput.interval(pl_module.device)
             self._useful += spent.step
+            ranks = self.stragglers.add(step, self.throughput.steps, self.throughput.by_rank) if self.stragglers else {}
             self._report(step, "train", scores, pl_module.device, rate=pl_module.schedule(step - 1),
-                         **self._speed(scores.images, spent))  # fmt: skip
+                         **self._speed(scores.images, spent), **ranks)  # fmt: skip
         self._step = step
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:

@@ -30,6 +30,7 @@ from pipeline.callbacks.norms import Norms
 from pipeline.callbacks.population import Population
 from pipeline.callbacks.preemption import InterruptedRunError, Preemption, SameStart
 from pipeline.callbacks.progress import ProgressReport
+from pipeline.callbacks.stragglers import FILE, Seat, Stragglers
 from pipeline.callbacks.sweep import Agent
 from pipeline.callbacks.system import System
 from pipeline.callbacks.throughput import Throughput
@@ -60,7 +61,8 @@ def build_watch(run: Assembly, reporters: Sequence[Reporter], console: Console) 
     config, world = run.config, run.world
     alerts = next((reporter for reporter in reporters if isinstance(reporter, Alerts)), None)
     watchdog, losses = build_watchdog(run, console, alerts), build_losses(run, alerts)
-    throughput = Throughput(watchdog.pulse, every_steps=config.tracking.every_steps)
+    throughput = Throughput(watchdog.pulse, every_steps=config.tracking.every_steps, rank=world.rank, world=world.size)
+    stragglers = build_stragglers(run, console) if world.leads and world.size > 1 else None
     tracking = Tracking(
         throughput,
         every_steps=config.tracking.every_steps,
@@ -68,6 +70,7 @@ def build_watch(run: Assembly, reporters: Sequence[Reporter], console: Console) 
         images=run.classifier.schedule.images,
         circumstance=circumstance(run),
         reporters=reporters,
+        stragglers=stragglers,
     )
 
     def before_a_save(trainer: lightning.Trainer) -> None:
@@ -94,8 +97,9 @@ def build_watch(run: Assembly, reporters: Sequence[Reporter], console: Console) 
     same_start = SameStart(
         losses.agreement,
         timedelta(minutes=config.cluster.timeout_minutes),
+        node=world.node,
         machine=machine(config),
-        tell=partial(_note_machines, config.directory) if world.leads else lambda machines: None,
+        tell=partial(_note_machines, config.directory, stragglers) if world.leads else lambda machines: None,
     )
     layout = GradientLayout(config.data.image_size)
     # Looks come before the row of their step, with which W&B gets what they have seen.
@@ -170,9 +174,17 @@ def machine(config: Config) -> str:
     return f"{socket.gethostname()}: {device_name(config)}, {os.cpu_count()} cores, {memory:.0f} GB"
 
 
-def _note_machines(directory: Path, machines: list[str]) -> None:
+def _note_machines(directory: Path, stragglers: Stragglers | None, machines: list[tuple[int, str]]) -> None:
     """In run.json: each machine of this start, with how many ranks it has."""
-    add_to_start(directory, machines=[{"machine": name, "ranks": n} for name, n in Counter(machines).items()])
+    counted = Counter(name for _, name in machines)
+    add_to_start(directory, machines=[{"machine": name, "ranks": n} for name, n in counted.items()])
+    if stragglers is not None:
+        stragglers.seats = [Seat(node, name.partition(":")[0]) for node, name in machines]
+
+
+def build_stragglers(run: Assembly, console: Console) -> Stragglers:
+    say = partial(console.print, highlight=False, soft_wrap=True, markup=False)
+    return Stragglers(run.config.directory / FILE, say=say)
 
 
 def build_watchdog(run: Assembly, console: Console, alerts: Alerts | None) -> Watchdog:

@@ -4,9 +4,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from pipeline.callbacks.stragglers import Times
 from pipeline.callbacks.throughput import Spent, Throughput
 from pipeline.launch.pulse import Pulse
 from pipeline.norm.waiting import STATISTICS, Waiting
+from tests.multiprocess.ranks import run_ranks, with_group
 
 CPU = torch.device("cpu")
 
@@ -83,6 +85,38 @@ def test_an_interval_that_a_checkpoint_cuts_is_as_long_as_one_that_it_does_not()
     assert both.statistics >= 0.06
     first.step(wait=0.0)  # that one goes on, and has lost nothing by being asked
     assert first.throughput.interval(CPU).data >= 0.05
+
+
+def test_a_ranks_own_time_is_a_step_without_its_waits_and_of_this_start_alone():
+    loop = Loop()
+    loop.throughput.load(Spent(step=100.0, data=50.0))  # of an earlier start
+    for _ in range(3):
+        loop.step(wait=0.02, exchange=0.2, work=0.04)
+        loop.pulse.move("loading")
+    assert loop.throughput.interval(CPU).step > 100
+    (rank,) = loop.throughput.by_rank
+    assert loop.throughput.steps == 3
+    assert 3 * 0.04 <= rank.own < 3 * 0.2
+    assert 3 * 0.02 <= rank.data < 50
+
+
+def three_ranks(rank: int, world: int) -> list[Times]:
+    pulse = Pulse()
+    throughput = Throughput(pulse, every_steps=1, rank=rank, world=world)
+    pulse.move("loading")
+    time.sleep(0.1 * (rank == 1))
+    pulse.move("forward")
+    time.sleep(0.1 * (rank == 2))
+    pulse.move("checkpoint")
+    throughput.interval(CPU)
+    return throughput.by_rank
+
+
+def test_every_rank_knows_the_times_of_all():
+    found = run_ranks(3, with_group, three_ranks)
+    assert found[0] == found[1] == found[2]
+    assert [int(times.own / 0.1) for times in found[0]] == [0, 0, 1]
+    assert [int(times.data / 0.1) for times in found[0]] == [0, 1, 0]
 
 
 def test_waiting_counts_while_it_is_on_and_once():
