@@ -47,6 +47,7 @@ class Chart:
     robust: bool = False  # the axis ends where 98 % of the points do
     rules: Sequence[tuple[float, str]] = ()
     note: str = ""
+    legend: bool = False  # its lines are not runs, and are told apart by a legend of its own
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +74,25 @@ class Lanes:
     legend: Sequence[tuple[str, int, bool]] = ()
     marks: Sequence[Sequence[float]] = ()
     note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Strip:
+    """A row of cells for each name, of values above 0 and below. cells: of each row (from, to, value).
+
+    full: the value at which a cell is darkest.
+    """
+
+    key: str
+    title: str
+    x_label: str
+    names: Sequence[str]
+    cells: Sequence[Sequence[tuple[float, float, float]]]
+    full: float
+    note: str = ""
+
+
+Figure = Chart | Lanes | Strip
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +139,9 @@ class Scene:
     marks: list[Text | Stroke | Area | Dot] = field(default_factory=list)
 
 
-def drawn(chart: Chart | Lanes) -> Scene:
+def drawn(chart: Figure) -> Scene:
+    if isinstance(chart, Strip):
+        return _strip(chart)
     return _lanes(chart) if isinstance(chart, Lanes) else _curves(chart)
 
 
@@ -217,6 +239,37 @@ def _lanes(chart: Lanes) -> Scene:
     return scene
 
 
+_ABOVE, _BELOW, _SHADES = 1, 0, 5  # colours that all tell apart, each in so many steps
+
+
+def _strip(chart: Strip) -> Scene:
+    height = min(18.0, 320 / max(len(chart.names), 1))
+    left, right = LEFT + 18, WIDTH - RIGHT
+    bottom = TOP + height * len(chart.names) + 2
+    known = [cell for row in chart.cells for cell in row]
+    low, high = min((cell[0] for cell in known), default=0.0), max((cell[1] for cell in known), default=1.0)
+    scene = Scene(height=bottom + BOTTOM)
+    every = math.ceil(TEXT * 1.15 / height)  # a name for each row that has room for it
+
+    def place(x: float) -> float:
+        return left + (x - low) / max(high - low, 1e-9) * (right - left)
+
+    for number, (name, row) in enumerate(zip(chart.names, chart.cells, strict=True)):
+        y = TOP + height * number
+        if number % every == 0:
+            scene.marks.append(Text((left - 6, y + height / 2 + TEXT * 0.35), name, "end"))
+        scene.marks.append(Area(_box(left, y + 0.5, right, y + height - 0.5), 7, 0.08))
+        for first, last, value in row:
+            shade = min(round(abs(value) / chart.full * _SHADES), _SHADES)
+            if shade:
+                scene.marks.append(
+                    Area(_box(place(first), y + 0.5, place(last), y + height - 0.5), _ABOVE if value > 0 else _BELOW,
+                         0.95 * shade / _SHADES, f"{name}: {value:+.0%}")
+                )  # fmt: skip
+    _x_axis(scene, chart.x_label, low, high, left, right, bottom, compact)
+    return scene
+
+
 def _box(x1: float, y1: float, x2: float, y2: float) -> list[Point]:
     return [(x1, y1), (x2, y1), (x2, y2), (x1, y2)]
 
@@ -289,3 +342,11 @@ def compact(value: float) -> str:
 
 def percent(value: float) -> str:
     return f"{value * 100:g} %"
+
+
+def time_unit(seconds: float) -> tuple[str, float]:
+    """In which such a time is well said, and how many seconds that is."""
+    for name, size in (("days", 86400.0), ("hours", 3600.0), ("minutes", 60.0)):
+        if seconds >= 2 * size:
+            return name, size
+    return "seconds", 1.0

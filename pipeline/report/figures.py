@@ -9,15 +9,17 @@ from dataclasses import replace
 import numpy as np
 
 from pipeline.report.accounting import Account, account, ends, running_hours
-from pipeline.report.chart import Bar, Chart, Lanes, Line, compact, percent
+from pipeline.report.chart import Bar, Chart, Figure, Lanes, Line, compact, percent, time_unit
 from pipeline.report.looks import KEYS as LOOKS
 from pipeline.report.looks import looks
+from pipeline.report.machines import KEYS as MACHINES
+from pipeline.report.machines import machines
 from pipeline.report.record import DONE, FAILED, INTERRUPTED, KILLED, RUNNING, Run, Values
 
 COLOURS = 8  # of the palette
 KEYS = (  # of every chart that there may be: a picture's name
     "accuracy-steps", "accuracy-time", "loss-steps", "loss-time", "loss-validation", "rate", "images", "data-wait",
-    "statistics-wait", "gradient-wait", "checkpoint-wait", "mfu", "memory-gb", "time", "starts", "goodput",
+    "statistics-wait", "gradient-wait", "checkpoint-wait", "mfu", "memory-gb", "time", "starts", "goodput", *MACHINES,
     "norm-spread", "norm-dead", "norm-mean-drift", "norm-variance-drift", *LOOKS,
 )  # fmt: skip
 # Where time goes: name, colour, hollow. Hollow is what is nobody's work.
@@ -29,23 +31,24 @@ WORK = (
 ENDINGS = {DONE: 2, RUNNING: 5, INTERRUPTED: 4, KILLED: 1, FAILED: 3}
 
 
-def figures(runs: Sequence[Run], target: float) -> list[tuple[str, Sequence[Chart | Lanes]]]:
+def figures(runs: Sequence[Run], target: float) -> list[tuple[str, Sequence[Figure]]]:
     """Sections by title, each with its charts. target: top-1 that a rule marks; NaN for none."""
     return [
         ("Accuracy and loss", _scores(runs, target)),
         ("Speed", _speed(runs)),
         ("Time", _time(runs)),
+        ("Ranks and nodes", machines(runs)),
         ("Batch normalization", _norms(runs)),
         *looks(runs),
     ]
 
 
-def _scores(runs: Sequence[Run], target: float) -> list[Chart | Lanes]:
+def _scores(runs: Sequence[Run], target: float) -> list[Figure]:
     rules = [] if math.isnan(target) else [(target, f"target {percent(round(target, 4))}")]
     best = [run.val["top1"] for run in runs]
     longest = max((float(hours[-1]) for run in runs for table in (run.train, run.val)
                    if len(hours := running_hours(run, table))), default=0.0)  # fmt: skip
-    unit, seconds = _unit(longest * 3600)
+    unit, seconds = time_unit(longest * 3600)
     times = f"{unit} of running"
 
     def over_time(lines: Sequence[Line]) -> list[Line]:
@@ -69,8 +72,8 @@ def _scores(runs: Sequence[Run], target: float) -> list[Chart | Lanes]:
     ]  # fmt: skip
 
 
-def _speed(runs: Sequence[Run]) -> list[Chart | Lanes]:
-    charts: list[Chart | Lanes] = [
+def _speed(runs: Sequence[Run]) -> list[Figure]:
+    charts: list[Figure] = [
         Chart("images", "Images a second, all ranks", "optimizer steps", _trainings(runs, "step", "images_per_s"),
               compact, low=0.0),
     ]  # fmt: skip
@@ -91,11 +94,11 @@ def _speed(runs: Sequence[Run]) -> list[Chart | Lanes]:
     return charts
 
 
-def _time(runs: Sequence[Run]) -> list[Chart | Lanes]:
-    charts: list[Chart | Lanes] = []
+def _time(runs: Sequence[Run]) -> list[Figure]:
+    charts: list[Figure] = []
     known = [(run, found) for run in runs if (found := account(run)) is not None]
     if known:
-        unit, divisor = _unit(max(found.wall for _, found in known))
+        unit, divisor = time_unit(max(found.wall for _, found in known))
         charts.append(
             Lanes("time", "Where the time went", unit, [_worth(run, found) for run, found in known],
                   [_work(found, divisor, unit) for _, found in known], compact, WORK,
@@ -103,7 +106,7 @@ def _time(runs: Sequence[Run]) -> list[Chart | Lanes]:
         )  # fmt: skip
     started = [run for run in runs if run.starts]
     if started:
-        unit, divisor = _unit(max(ends(run)[-1] - run.starts[0].at for run in started))
+        unit, divisor = time_unit(max(ends(run)[-1] - run.starts[0].at for run in started))
         shown = {start.ended for run in started for start in run.starts}
         charts.append(
             Lanes("starts", "Starts of each run", f"{unit} since its first start", [_named(run) for run in started],
@@ -118,10 +121,10 @@ def _time(runs: Sequence[Run]) -> list[Chart | Lanes]:
     return charts
 
 
-def _norms(runs: Sequence[Run]) -> list[Chart | Lanes]:
+def _norms(runs: Sequence[Run]) -> list[Figure]:
     """Of each figure the middle layer's line, and the range in which most layers are."""
     watched = [(number, run) for number, run in enumerate(runs) if run.norms is not None]
-    charts: list[Chart | Lanes] = []
+    charts: list[Figure] = []
     for name, title, number in (
         ("spread", "Spread of the ranks' means", compact), ("dead", "Dead channels", percent),
         ("mean_drift", "Drift of running means", compact), ("variance_drift", "Drift of running variances", compact),
@@ -169,13 +172,6 @@ def _quantile(values: Values, q: float) -> Values:
     place_T = np.rint(np.maximum(known_T - 1, 0) * q).astype(int)
     found: Values = np.take_along_axis(ordered, place_T[:, None], axis=1)[:, 0]
     return found
-
-
-def _unit(seconds: float) -> tuple[str, float]:
-    for name, size in (("days", 86400.0), ("hours", 3600.0), ("minutes", 60.0)):
-        if seconds >= 2 * size:
-            return name, size
-    return "seconds", 1.0
 
 
 def _named(run: Run) -> str:

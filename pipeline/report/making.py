@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pipeline.report import looks, png
 from pipeline.report.accounting import best_top1
-from pipeline.report.chart import Chart, Lanes, drawn
+from pipeline.report.chart import Chart, Figure, drawn
 from pipeline.report.figures import COLOURS, KEYS, figures
 from pipeline.report.ledger import read_ledger
 from pipeline.report.page import page
@@ -78,11 +78,9 @@ def default_targets(runs: Sequence[Run]) -> list[float]:
     return below[-4:] or [best]
 
 
-def _pictures(runs: Sequence[Run], charts: Sequence[Chart | Lanes], output: Path) -> None:
+def _pictures(runs: Sequence[Run], charts: Sequence[Figure], output: Path) -> None:
     legend = [(run.name, number % COLOURS) for number, run in enumerate(runs)] if len(runs) > 1 else []
-    painted = {
-        chart.key: png.paint(drawn(chart), chart.title, legend if isinstance(chart, Chart) else ()) for chart in charts
-    }
+    painted = {chart.key: png.paint(drawn(chart), chart.title, _told_apart(chart, legend)) for chart in charts}
     for key in KEYS:  # of an earlier report, which may have had more
         (output / f"{key}.png").unlink(missing_ok=True)
     for name, image in painted.items():
@@ -91,6 +89,13 @@ def _pictures(runs: Sequence[Run], charts: Sequence[Chart | Lanes], output: Path
     (output / LOOKS_SHEET).unlink(missing_ok=True)
     if seen := [painted[name] for name in looks.KEYS if name in painted]:
         png.save(png.together(seen, 3), output / LOOKS_SHEET)
+
+
+def _told_apart(chart: Figure, runs: Sequence[tuple[str, int]]) -> Sequence[tuple[str, int]]:
+    """Names and colours of its lines, where there are several kinds."""
+    if not isinstance(chart, Chart):
+        return ()
+    return [(line.name, line.colour) for line in chart.lines] if chart.legend else runs
 
 
 def _write(path: Path, text: str) -> None:

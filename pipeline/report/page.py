@@ -11,7 +11,7 @@ from importlib.resources import files
 import numpy as np
 
 from pipeline.report import accounting
-from pipeline.report.chart import Chart, Lanes, drawn, percent
+from pipeline.report.chart import Chart, Figure, drawn, percent
 from pipeline.report.figures import COLOURS, ENDINGS
 from pipeline.report.ledger import Epoch
 from pipeline.report.markup import Cell, Html, cards, key, table, tag, text
@@ -25,7 +25,7 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inl
 
 def page(
     runs: Sequence[Run],
-    sections: Sequence[tuple[str, Sequence[Chart | Lanes]]],
+    sections: Sequence[tuple[str, Sequence[Figure]]],
     targets: Sequence[float],
     ledgers: Mapping[str, Sequence[Epoch]],
     *,
@@ -38,6 +38,11 @@ def page(
         tag("h1", names),
         tag("p", f"{_what(runs)} · {now.astimezone(UTC):%Y-%m-%d %H:%M} UTC", kind="soft"),
         *(Html(f'<p class="warn">{escape(run.name)}: {escape(note)}</p>') for run in runs for note in run.notes),
+        *(
+            Html(f'<p class="warn">{escape(_of(runs, run))}{escape(sentence)}</p>')
+            for run in runs
+            for sentence in run.ranks.sentences(run.train)
+        ),
         _overview(runs),
         tag("h2", "Steps to target"),
         _targets(runs, targets),
@@ -65,6 +70,10 @@ def _resource(name: str) -> str:
     return (files("pipeline.report") / name).read_text()
 
 
+def _of(runs: Sequence[Run], run: Run) -> str:
+    return f"{run.name}: " if len(runs) > 1 else ""
+
+
 def _what(runs: Sequence[Run]) -> str:
     return "A run of pipeline" if len(runs) == 1 else f"{len(runs)} runs of pipeline"
 
@@ -79,17 +88,25 @@ def _named(number: int, name: str) -> Html:
     return Html(f'<span class="run">{key(number % COLOURS).text}{escape(name)}</span>')
 
 
-def _charts(charts: Sequence[Chart | Lanes]) -> Html:
+def _charts(charts: Sequence[Figure]) -> Html:
     return Html(f'<div class="charts">{"".join(_figure(chart) for chart in charts)}</div>')
 
 
-def _figure(chart: Chart | Lanes) -> str:
+def _figure(chart: Figure) -> str:
     note = f"<small>{escape(chart.note)}</small>" if chart.note else ""
     is_percent = isinstance(chart, Chart) and chart.number is percent
     return (
         f'<figure data-x="{escape(chart.x_label)}"{" data-percent=1" if is_percent else ""}>'
-        f"<figcaption>{escape(chart.title)}</figcaption>{svg(drawn(chart), chart.title)}{note}</figure>"
+        f"<figcaption>{escape(chart.title)}</figcaption>{_own_legend(chart)}"
+        f"{svg(drawn(chart), chart.title)}{note}</figure>"
     )
+
+
+def _own_legend(chart: Figure) -> str:
+    if not isinstance(chart, Chart) or not chart.legend:
+        return ""
+    items = "".join(f"<span>{key(line.colour).text}{escape(line.name)}</span>" for line in chart.lines)
+    return f'<div class="legend">{items}</div>'
 
 
 def _overview(runs: Sequence[Run]) -> Html:

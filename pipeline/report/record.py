@@ -19,7 +19,9 @@ import yaml
 from numpy.typing import NDArray
 
 from pipeline.callbacks.journal import Row, read_journal
+from pipeline.callbacks.stragglers import FILE
 from pipeline.launch.lock import LOCK, STALE_AFTER
+from pipeline.report.ranks import Ranks, read_ranks
 
 Values = NDArray[np.float64]
 NORM_FIGURES = ("spread", "dead", "mean_drift", "variance_drift")
@@ -74,6 +76,7 @@ class Run:
     train: dict[str, Values]
     val: dict[str, Values]
     norms: Norms | None = None
+    ranks: Ranks = field(default_factory=Ranks)
     images: int = 0  # of the training split; 0 = not known
     wandb_id: str = ""
     notes: list[str] = field(default_factory=list)
@@ -118,6 +121,7 @@ def read_run(path: Path) -> Run:
         train=_columns(row for row in rows if row.split == "train"),
         val=_columns(row for row in rows if row.split == "val"),
         norms=_norms(directory / "norms.csv"),
+        ranks=read_ranks(directory / FILE),
         images=_images(directory / "dataset.json"),
         wandb_id=_wandb_id(directory / "run.json"),
         notes=notes,

@@ -12,8 +12,8 @@ from torch import nn
 
 from pipeline.callbacks.journal import COLUMNS, Row, read_journal
 from pipeline.callbacks.metrics import AXES, METRICS, OF_EACH_GPU, ONLY_IN_CSV, ONLY_IN_WANDB, SYSTEM, wandb_name
+from pipeline.callbacks.samples import wandb_name as wandb_name_of_node
 from pipeline.callbacks.segments import values
-from pipeline.callbacks.system import wandb_name as wandb_name_of_node
 from pipeline.callbacks.throughput import Spent
 from pipeline.callbacks.tracking import Circumstance, Tracking
 from pipeline.evaluation.metrics import Scores

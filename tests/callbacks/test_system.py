@@ -6,8 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from pipeline.callbacks import system
-from pipeline.callbacks.system import Nodes, System, Table, whole_lines
+from pipeline.callbacks import samples, system
+from pipeline.callbacks.samples import Nodes, Table, whole_lines
+from pipeline.callbacks.system import System
 
 NAMES = ("cpu", "load")
 HEADER = "at,host,cpu,load\n"
@@ -16,7 +17,7 @@ HEADER = "at,host,cpu,load\n"
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch):
     monkeypatch.setattr(system, "FIRST_SECONDS", 0.02)
-    monkeypatch.setattr(system.socket, "gethostname", lambda: "a")
+    monkeypatch.setattr(samples.socket, "gethostname", lambda: "a")
 
 
 def write(directory, node: int, *lines: str) -> None:

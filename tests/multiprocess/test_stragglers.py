@@ -15,6 +15,7 @@ from pipeline.callbacks.stragglers import MOST
 from pipeline.callbacks.throughput import Throughput
 from pipeline.config import Config
 from pipeline.norm.waiting import STATISTICS
+from pipeline.report.making import make_report
 from pipeline.world import World
 from tests.callbacks.wandb_server import WandbServer
 from tests.multiprocess.ranks import run_ranks
@@ -73,6 +74,10 @@ def test_both_nodes_are_on_record_and_the_slower_rank_is_named(shards: Path, tmp
     if slow >= 0:
         assert 1.1 < rows[-1].slowest_over_median < 1.35
 
+    page = make_report([settings.directory]).read_text()
+    assert (f"rank {slow} (node {slow}, " in page) == (slow >= 0)
+    assert "Own time in steps, rank by rank" in page
+    assert ">node 1</span>" in page
     for node in (0, 1):
         with (settings.directory / "system" / f"node-{node}.csv").open() as file:
             samples = list(csv.DictReader(file))
