@@ -25,12 +25,13 @@ from pipeline.callbacks.activations import Activations
 from pipeline.callbacks.gradients import Gradients
 from pipeline.callbacks.norms import Norms
 from pipeline.callbacks.preemption import InterruptedRunError, Preemption
+from pipeline.callbacks.system import System
 from pipeline.callbacks.throughput import Throughput
 from pipeline.callbacks.tracking import Tracking
 from pipeline.training.checkpoint import Checkpoints
 
-CHECKPOINTS, AGREEMENT, TRACKING, CLOCKS, NORMS, PERCENTILES, GRADIENTS, DETERMINISTIC = FEATURES = (
-    "checkpoints", "agreement", "tracking", "clocks", "norms", "percentiles", "gradients", "deterministic",
+CHECKPOINTS, AGREEMENT, TRACKING, CLOCKS, SYSTEM, NORMS, PERCENTILES, GRADIENTS, DETERMINISTIC = FEATURES = (
+    "checkpoints", "agreement", "tracking", "clocks", "system", "norms", "percentiles", "gradients", "deterministic",
 )  # fmt: skip
 _WARM_STEPS = 10
 _BLOCKS_OF_A_START = 3
@@ -134,6 +135,7 @@ def _blocks(
     copied(frozen, directory)
     result = directory / "blocks.json"
     looks = [f"tracking.{look}_every_steps={_LOOK_EVERY if feature == look else 0}" for look in _LOOKS]
+    looks.append(f"tracking.system_every_seconds={int(feature == SYSTEM)}")
     ranks = started(
         directory,
         world,
@@ -196,6 +198,12 @@ class Alternation(lightning.Callback):
         """Set the state of the feature; a checkpoint is written at the beginning of its block."""
         if self.feature == CHECKPOINTS and on:
             _of(trainer, Checkpoints).save(trainer)
+        if self.feature == SYSTEM:
+            for callback in trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, System):  # of the first rank of the node alone
+                    callback.stop()
+                    if on:
+                        callback.start()
         for kind in _WATCHERS.get(self.feature, ()):
             for callback in trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, kind):  # of the leading rank alone, some of them

@@ -36,13 +36,17 @@ class System(lightning.Callback):
         self.every_steps, self.tell = every_steps, tell
         self._news: queue.SimpleQueue[Figures] = queue.SimpleQueue()
         self._step = 0
-        self._stop = threading.Event()
+        self._ended = threading.Event()
         self._thread: threading.Thread | None = None
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self._step = trainer.global_step
-        self._stop.clear()
-        self._thread = threading.Thread(target=self._watch, name="system", daemon=True)
+        self.start()
+
+    def start(self) -> None:
+        """Begin to sample."""
+        self._ended = threading.Event()  # its own: one that hangs in a file system ends when it comes back
+        self._thread = threading.Thread(target=self._watch, args=(self._ended,), name="system", daemon=True)
         self._thread.start()
 
     def on_train_batch_end(self, trainer: lightning.Trainer, *_: object) -> None:
@@ -57,26 +61,27 @@ class System(lightning.Callback):
             self.tell(figures)
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        self._end()
+        self.stop()
 
     def on_exception(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
     ) -> None:
-        self._end()
+        self.stop()
 
-    def _end(self) -> None:
-        self._stop.set()
+    def stop(self) -> None:
+        """Sample no more."""
+        self._ended.set()
         if self._thread is not None:
             self._thread.join(5.0)  # a file server that hangs is no reason to wait for it
             self._thread = None
 
-    def _watch(self) -> None:
+    def _watch(self, ended: threading.Event) -> None:
         machine, nodes = Machine(self.run), Nodes(self.run / DIRECTORY)
         if self.tell is not None:
             nodes.news()  # of earlier starts, of which W&B knows
         table: Table | None = None
         seconds = min(FIRST_SECONDS, self.every_seconds)
-        while not self._stop.wait(seconds):
+        while not ended.wait(seconds):
             seconds = self.every_seconds
             with suppress(OSError):
                 table = table or Table(self.run / DIRECTORY / f"node-{self.node}.csv", machine.names)

@@ -70,7 +70,7 @@ def _add_training(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) ->
                  "pipeline bench step runs/first --processes 1 2")  # fmt: skip
     p.add_argument("run", help="a run's directory, of which config.yaml is taken")
     p.add_argument("--only", type=lambda names: names.split(","), default=[], metavar="NAME,NAME",
-                   help="of checkpoints, agreement, tracking, clocks, norms, percentiles, gradients, "
+                   help="of checkpoints, agreement, tracking, clocks, system, norms, percentiles, gradients, "
                    "deterministic, these alone")  # fmt: skip
     p.add_argument("--processes", type=count, nargs="+", default=[1, 2], metavar="N", help="default: 1 2")
     p.add_argument("--steps", type=count, default=20, metavar="N", help="a block (default: 20)")
