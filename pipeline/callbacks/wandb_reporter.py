@@ -233,6 +233,7 @@ def _begin(
     # Its client writes a log into the run's directory. Where that cannot be written, logging itself would print a
     # traceback for every line of it.
     logging.raiseExceptions = False
+    code = (config or {}).get("code", {})
     return wandb.init(
         id=place.id, name=place.name, project=place.project, entity=place.entity, group=place.group,
         tags=list(place.tags), dir=str(directory.resolve()), config=config, resume="allow",
@@ -241,6 +242,8 @@ def _begin(
             init_timeout=init_seconds, finish_timeout=finish_seconds, console="off",
             x_transaction_log_flush_interval=FLUSH_SECONDS, sweep_id=place.sweep,
             stop_fn=stop,
+            # W&B itself would look into the repository of the working directory, whose remote may hold a token.
+            disable_git=True, disable_code=True, git_commit=code.get("commit"), git_remote_url=code.get("remote"),
         ),
     )  # fmt: skip
 

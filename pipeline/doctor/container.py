@@ -15,10 +15,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from pipeline.config import Config, ConfigError, compose_config, read_config
-from pipeline.doctor.findings import OK, Finding, warning, without_secrets
+from pipeline.doctor.findings import OK, Finding, warning
 from pipeline.doctor.machine import check_shared_memory, check_temporary, existing
 from pipeline.launch.heartbeat import HEARTBEAT
 from pipeline.launch.plan import worker_count
+from pipeline.launch.redaction import without_secrets
 
 _CARDS = "nvidia[0-9]*"  # /dev/nvidia0: what a container is given of a GPU
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import re
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
+from pipeline.launch.redaction import without_secrets
+
 OK, WARNING, FAULT = "ok", "warning", "fault"
-_SECRET = ("KEY", "TOKEN", "SECRET", "PASSWORD")  # in the name of a variable whose value is never shown
-_USER, _QUERY = re.compile(r"(://)[^/\s@]+@"), re.compile(r"(://[^\s?'\"]*)\?[^\s'\"]+")
 T = TypeVar("T")
 
 
@@ -63,14 +61,6 @@ def guarded(section: str, name: str, check: Callable[[], Iterable[Finding]]) -> 
                        "look at what it names; the other checks stand")]  # fmt: skip
     return [replace(f, section=section, text=without_secrets(f.text), way_out=without_secrets(f.way_out))
             for f in found]  # fmt: skip
-
-
-def without_secrets(text: str) -> str:
-    """The text without values of secret variables of the environment, and without what a URL may hold of them."""
-    for name, value in os.environ.items():
-        if len(value) >= 8 and any(word in name.upper() for word in _SECRET):
-            text = text.replace(value, "***")
-    return _QUERY.sub(r"\1?***", _USER.sub(r"\1***@", text))
 
 
 def within(seconds: float, action: Callable[[], T]) -> T:

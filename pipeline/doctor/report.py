@@ -15,7 +15,8 @@ from dataclasses import asdict
 from typing import Any
 
 from pipeline import __version__
-from pipeline.doctor.findings import FAULT, OK, WARNING, Finding, without_secrets
+from pipeline.doctor.findings import FAULT, OK, WARNING, Finding
+from pipeline.launch.redaction import without_secrets
 
 SCHEMA = 1
 GO, ENVIRONMENT, DATA = 0, 2, 3

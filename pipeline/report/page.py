@@ -191,7 +191,8 @@ def _starts(runs: Sequence[Run]) -> Html:
         again = [*accounting.lost_steps(run)[1:], 0][: len(ended)]
         for count, (start, end, lost) in enumerate(zip(run.starts, ended, again, strict=True), 1):
             follower = run.starts[count] if count < len(run.starts) else None
-            device = f"{start.device or '–'}{f', torch {start.torch}' if start.torch else ''}"
+            torch, code = f", torch {start.torch}" * bool(start.torch), f", code {start.code}" * bool(start.code)
+            device = f"{start.device or '–'}{torch}{code}"
             rows.append([
                 _named(number, f"{run.name} {count}"),
                 f"{datetime.fromtimestamp(start.at, tz=UTC):%Y-%m-%d %H:%M:%S}",

@@ -48,6 +48,7 @@ class Start:
     nodes: int
     device: str = ""
     torch: str = ""
+    code: str = ""  # its commit, with a + where that was changed; or its digest
     machines: tuple[tuple[str, int], ...] = ()
     undone_step: int | None = None
     undone_at: float | None = None
@@ -172,10 +173,16 @@ def _start(noted: dict[str, Any]) -> Start:
         nodes=int(noted.get("nodes", 1)),
         device=str(noted.get("device", "")),
         torch=str(noted.get("torch", "")),
+        code=_code(noted),
         machines=tuple((str(each["machine"]), int(each["ranks"])) for each in machines),
         undone_step=undone.get("step"),
         undone_at=undone.get("at"),
     )
+
+
+def _code(noted: dict[str, Any]) -> str:
+    commit = str(noted.get("commit") or "")
+    return commit[:9] + "+" * bool(noted.get("changed")) if commit else str(noted.get("code", ""))
 
 
 def _seconds(text: str) -> float:

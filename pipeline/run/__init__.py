@@ -22,7 +22,8 @@ from pipeline.callbacks.population import Population
 from pipeline.config import Config, ConfigError, completed, identity, read_config
 from pipeline.data.shards import DataError
 from pipeline.evaluation.metrics import Scores
-from pipeline.launch.plan import note_start
+from pipeline.launch.code_state import CODE, code_state
+from pipeline.launch.plan import add_to_start, note_start
 from pipeline.run.assembly import Assembly, assemble, build_trainer, device_name
 from pipeline.run.failures import explained, interruptible
 from pipeline.run.reports import announce, statistics_used, summarize, table
@@ -85,7 +86,11 @@ def _start(run: Assembly, console: Console) -> Path | None:
         for path, fault in faults.items():
             say(f"WARNING: {path} is passed over, and now called {set_aside(path).name}: {fault}")
         announce(run, start, console)
-        for change in note_start(run.config.directory, torch=torch.__version__, device=device_name(run.config)):
+        code = code_state()
+        code.keep(run.config.directory / CODE)
+        add_to_start(run.config.directory, **code.origin)
+        facts = {"torch": torch.__version__, "device": device_name(run.config), "code": code.digest}
+        for change in note_start(run.config.directory, **facts):
             say(f"WARNING: {change}: samples and their order stay, the bits may not")
     return start
 

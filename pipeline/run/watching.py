@@ -239,9 +239,12 @@ def build_reporters(run: Assembly, start: Path | None, console: Console) -> list
             returns="parameters" in record.sweep,
         )  # fmt: skip
         say = partial(console.print, highlight=False, soft_wrap=True, markup=False)
+        newest = record.starts[-1]
+        code = {name: newest[name] for name in ("code", "commit", "changed", "remote") if name in newest}
         try:
-            tracker = WandbReporter(place, directory=config.directory, mode=config.tracking.mode, config=asdict(config),
-                                    journal=path, say=say, stop=partial(_stop, config.directory))  # fmt: skip
+            tracker = WandbReporter(place, directory=config.directory, mode=config.tracking.mode,
+                                    config=asdict(config) | {"code": code}, journal=path, say=say,
+                                    stop=partial(_stop, config.directory))  # fmt: skip
         except TrackingError as error:
             raise ConfigError(f"tracking.mode = {config.tracking.mode}: {error}") from None
         where = f"  upload with: pipeline sync {config.directory}" if "offline" in tracker.mode else ""
