@@ -38,8 +38,9 @@ from pipeline.doctor import (
     versions,
 )
 from pipeline.doctor.composition import compose
-from pipeline.doctor.findings import guarded, ok, within
+from pipeline.doctor.findings import guarded, ok
 from pipeline.launch.lock import LOCK, this_process
+from pipeline.launch.patience import within
 from pipeline.launch.plan import RECORD, STARTED, close_run, open_run
 from pipeline.launch.queue import QueueError
 from pipeline.training.checkpoint_io import write_checkpoint

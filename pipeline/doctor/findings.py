@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import TypeVar
 
 from pipeline.launch.redaction import without_secrets
 
 OK, WARNING, FAULT = "ok", "warning", "fault"
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,24 +58,3 @@ def guarded(section: str, name: str, check: Callable[[], Iterable[Finding]]) -> 
                        "look at what it names; the other checks stand")]  # fmt: skip
     return [replace(f, section=section, text=without_secrets(f.text), way_out=without_secrets(f.way_out))
             for f in found]  # fmt: skip
-
-
-def within(seconds: float, action: Callable[[], T]) -> T:
-    """What an action returns or raises. Raises TimeoutError where it takes longer: it is left to itself then."""
-    results: list[T] = []
-    errors: list[Exception] = []
-
-    def act() -> None:
-        try:
-            results.append(action())
-        except Exception as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=act, daemon=True)  # which does not keep the process from ending
-    thread.start()
-    thread.join(seconds)
-    if errors:
-        raise errors[0]
-    if not results:
-        raise TimeoutError(f"no answer within {seconds:g} s")
-    return results[0]

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from pipeline.doctor.findings import within
+from pipeline.launch.patience import within
 from pipeline.world import World
 
 _POLL_SECONDS = 0.02  # between two looks: a wait inside of the store would keep Ctrl-C waiting, too

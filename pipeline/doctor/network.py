@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from fcntl import ioctl
 from pathlib import Path
 
-from pipeline.doctor.findings import Finding, fault, ok, warning, within
+from pipeline.doctor.findings import Finding, fault, ok, warning
+from pipeline.launch.patience import within
 
 _SIOCGIFADDR, _SIOCGIFFLAGS, _UP = 0x8915, 0x8913, 1
 

@@ -27,11 +27,12 @@ from pipeline.config import Config, ConfigError
 from pipeline.doctor import compare
 from pipeline.doctor.clock import TimeServer, clock_apart
 from pipeline.doctor.facts import Facts, backend_of, begun, device_of, host_name, look, see_gpu
-from pipeline.doctor.findings import Finding, fault, guarded, of_message, within
+from pipeline.doctor.findings import Finding, fault, guarded, of_message
 from pipeline.doctor.links import Links, Timing, measure
 from pipeline.doctor.machine import existing
 from pipeline.doctor.meeting import LostError, Meeting
 from pipeline.doctor.report import exit_code
+from pipeline.launch.patience import within
 from pipeline.world import World
 
 ARRIVAL_SECONDS = 120.0  # an interpreter on a file system of a thousand nodes takes a while to start

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from pipeline.data.dataset import Dataset, Location, open_dataset
 from pipeline.data.shards import DataError, Manifest
-from pipeline.doctor.findings import Finding, fault, of_message, ok, within
+from pipeline.doctor.findings import Finding, fault, of_message, ok
+from pipeline.launch.patience import within
 
 SHOWN = 3  # names in a line
 REMOTE_SECONDS = (

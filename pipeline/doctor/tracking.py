@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from pipeline.callbacks.wandb_reporter import ServerError
-from pipeline.doctor.findings import Finding, fault, of_message, ok, warning, within
+from pipeline.doctor.findings import Finding, fault, of_message, ok, warning
+from pipeline.launch.patience import within
 
 _KEY = "set WANDB_API_KEY, or run `wandb login`, or choose tracking.mode=offline"
 
