@@ -13,6 +13,7 @@ import json
 import logging
 import netrc
 import os
+import signal
 import threading
 import time
 import urllib.error
@@ -25,13 +26,16 @@ from typing import Any, TypeVar
 
 import wandb
 
+from pipeline.callbacks.artifacts import FILES, Artifacts
 from pipeline.callbacks.journal import Row, read_journal
 from pipeline.callbacks.segments import Values, last_position, position, position_of, values
+from pipeline.launch.patience import within
 
 FAILED = 1
 RESUMABLE = 75  # the exit code by which W&B knows a preempted run from a failed one
 INIT_SECONDS, FINISH_SECONDS = 30.0, 20.0  # as long as a server may keep a run from starting and from ending
 ALERT_SECONDS = 5.0  # for the server to take an alert
+HASTE_SECONDS, UPLOAD_SECONDS = 10.0, 600.0  # for artifacts at the end of a start: interrupted or by name; as files
 FLUSH_SECONDS = 1.0  # between writes of the segment: what SIGKILL may cost. W&B's own 15 s lost 40 rows of 40
 
 # What wandb-core asks when it resumes a run; historyTail is the last line of the history.
@@ -79,13 +83,15 @@ class WandbReporter:
 
     def __init__(
         self, place: WandbPlace, *, directory: Path, mode: str, config: dict[str, Any],
-        journal: Path | None = None, say: Callable[[str], object] = print, stop: Callable[[], None] | None = None,
+        journal: Path | None = None, artifacts: Artifacts | None = None, say: Callable[[str], object] = print,
+        stop: Callable[[], None] | None = None,
     ):  # fmt: skip
         """Begin, or go on. directory: the run's. journal: its rows, up to the step from which the run goes on.
 
+        artifacts: what W&B is to keep beside the rows; of an offline start `pipeline sync` sends them.
         stop: called where W&B wants the run to end; without it its client sends a SIGINT.
         """
-        self.stop = stop
+        self.stop, self.artifacts = stop, artifacts
         self.place, self.directory, self.config, self.journal, self.say = place, directory, config, journal, say
         self.mode = wandb_mode(mode)
         self._exit_code, self._sent = 0, -1
@@ -94,6 +100,8 @@ class WandbReporter:
         self._seen: Values = {}
         self._alerts: list[threading.Thread] = []
         self._open(mode)
+        if self.artifacts and self._run is not None and self.mode == "online":
+            self.artifacts.begin(self._run)
 
     def append(self, row: Row) -> None:
         self._surely(lambda: self._log(row))
@@ -134,8 +142,16 @@ class WandbReporter:
         self._exit_code = self._exit_code or FAILED
 
     def close(self) -> None:
+        if self.artifacts and self._run is not None and self.mode == "online":
+            in_haste = self._exit_code != 0 or self.artifacts.how != FILES
+            complaint = self.artifacts.end(self._run, HASTE_SECONDS if in_haste else UPLOAD_SECONDS)
+            if complaint:
+                self.say(f"W&B has not confirmed every checkpoint ({reason(complaint)}); send the rest with: "
+                         f"pipeline sync {self.directory}")  # fmt: skip
+                _finish_soon(self._run, self._exit_code, FINISH_SECONDS)
+                self._run = None
         self._surely(lambda: self._run.finish(exit_code=self._exit_code))
-        if self._run is not None and self.mode == "online":
+        if self.mode == "online":
             self._compare()
         until = time.monotonic() + ALERT_SECONDS  # of one that the end followed at once
         for thread in self._alerts:
@@ -248,17 +264,26 @@ def _begin(
     )  # fmt: skip
 
 
-def send(place: WandbPlace, directory: Path, rows: Iterable[Values], *, exit_code: int, seconds: float) -> None:
-    """Rows into the W&B run on the server, behind those that it has. Raises ServerError."""
+def send(
+    place: WandbPlace, directory: Path, rows: Iterable[Values], *, exit_code: int, seconds: float,
+    artifacts: Artifacts | None = None,
+) -> None:  # fmt: skip
+    """Rows into the W&B run on the server, behind those that it has, and artifacts. Raises ServerError."""
     try:
         run = _begin(place, directory, "online", None, seconds, seconds)
         for row in rows:
             if position_of(row) >= run.starting_step:
                 run.log(_logged(row), step=position_of(row), commit=True)
-        run.finish(exit_code=exit_code)
+        complaint = artifacts.end(run, seconds) if artifacts else ""
+        if complaint:
+            _finish_soon(run, exit_code, FINISH_SECONDS)
+        else:
+            run.finish(exit_code=exit_code)
     except Exception as error:
         _end_client()
         raise ServerError(reason(error)) from None
+    if complaint:
+        raise ServerError(reason(complaint))
 
 
 def _logged(row: Values) -> Values:
@@ -342,9 +367,28 @@ def understood(read: Callable[[], T], whom: str = "") -> T:
         raise ServerError(f"{server()} does not answer {whom}as a W&B server does") from None
 
 
+def _finish_soon(run: Any, exit_code: int, seconds: float) -> None:
+    """End a run whose artifacts are under way: W&B's finish_timeout does not count them, and it tries for hours."""
+    try:
+        within(seconds, lambda: run.finish(exit_code=exit_code))
+    except Exception:
+        _kill_client()
+        _end_client()
+
+
+def _kill_client() -> None:
+    """End W&B's own process, which would not end before the server has answered it."""
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            number, _, rest = status.read_text().partition(" (")
+            name, _, facts = rest.rpartition(") ")
+            if name == "wandb-core" and facts.split()[1] == str(os.getpid()):
+                os.kill(int(number), signal.SIGKILL)
+
+
 def _end_client() -> None:
-    """End W&B's own process, which one that has crashed answers with an error."""
-    with contextlib.suppress(Exception):
+    """End W&B's own process: of one that was killed it takes the exit code for ours, and leaves Python with it."""
+    with contextlib.suppress(Exception, SystemExit):
         wandb.teardown()
 
 

@@ -1,4 +1,4 @@
-"""pipeline train, evaluate, sync: a run from its config to its end."""
+"""pipeline train, evaluate: a run from its config to its end."""
 
 from __future__ import annotations
 
@@ -10,15 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.cli.codes import DONE, FAILED, RESUMABLE, code_of
-from pipeline.cli.options import add_verb, seconds
+from pipeline.cli.options import add_verb
 from pipeline.cli.settling import settle, settled
 
 if TYPE_CHECKING:
-    from pipeline.callbacks.wandb_reporter import WandbPlace
     from pipeline.config import Config
     from pipeline.data.dataset import Dataset
     from pipeline.launch.failure import FailedRunError
-    from pipeline.launch.plan import RunRecord
     from pipeline.world import World
 
 
@@ -37,13 +35,6 @@ def add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     p.add_argument("run", help="the run's directory")
     p.add_argument("words", nargs="*", metavar="key=value", help="keys to change")
     p.add_argument("--checkpoint", default="newest", help="newest, best, or a file (default: newest)")
-
-    p = add_verb(
-        verbs, "sync", sync, "send a run's offline segments to W&B, in order and each once, and rows that it lacks",
-        "pipeline sync runs/first --timeout 120",
-    )  # fmt: skip
-    p.add_argument("run", help="the run's directory")
-    p.add_argument("--timeout", type=seconds, default=600.0, metavar="SECONDS", help="default: 600")
 
 
 def train(options: argparse.Namespace) -> int:
@@ -108,34 +99,6 @@ def evaluate(options: argparse.Namespace) -> int:
     agree(config, world)
     run.evaluate(config, world, Console(quiet=not world.leads), checkpoint=checkpoint)
     return DONE
-
-
-def sync(options: argparse.Namespace) -> int:
-    from pipeline.callbacks.sync import synchronize
-    from pipeline.config import ConfigError
-    from pipeline.launch.lock import locked
-    from pipeline.launch.plan import CONFIG, RECORD, read_record
-
-    directory = Path(options.run)
-    if not ((directory / CONFIG).is_file() and (directory / RECORD).is_file()):
-        raise ConfigError(f"{directory} is no run: it holds no {CONFIG}; give a directory like runs/NAME")
-    config, record = of_run(directory / CONFIG), read_record(directory)
-    place = place_of(config, record)
-    ended = record.starts[-1].get("ended") if record.starts else None
-    code = {"done": DONE, "interrupted": RESUMABLE}.get(str(ended), FAILED)
-    with locked(directory):  # the segment of a run that goes on is still being written
-        synchronize(directory, place, seconds=options.timeout, exit_code=code)
-    return DONE
-
-
-def place_of(config: Config, record: RunRecord) -> WandbPlace:
-    """Where a run belongs in W&B."""
-    from pipeline.callbacks.wandb_reporter import WandbPlace
-
-    return WandbPlace(
-        id=record.wandb_id, name=config.run.id, project=config.tracking.project, entity=config.tracking.entity,
-        group=config.tracking.group, tags=config.tracking.tags, sweep=record.sweep.get("id"),
-    )  # fmt: skip
 
 
 def typed(words: Sequence[str]) -> Config:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.cli.codes import DONE, NOTHING_LEFT, RESUMABLE, USAGE
-from pipeline.cli.runs import place_of, typed
+from pipeline.cli.runs import typed
+from pipeline.cli.sync import place_of
 
 if TYPE_CHECKING:
     from pipeline.config import Config

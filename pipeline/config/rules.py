@@ -29,6 +29,7 @@ def checked(config: Config) -> Config:
     _choice("slurm.launcher", c.slurm.launcher, ("srun", "torchrun"))
     _choice("slurm.resubmit", c.slurm.resubmit, ("requeue", "chain"))
     _choice("tracking.mode", c.tracking.mode, ("auto", "online", "offline", "disabled"))
+    _choice("tracking.artifacts", c.tracking.artifacts, ("none", "digests", "files"))
     flat = by_key(dataclasses.asdict(c))
     for key, least in _LEAST.items():
         if flat[key] is not None and not flat[key] >= least:

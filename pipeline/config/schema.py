@@ -227,6 +227,8 @@ class TrackingConfig:
     project: str = "pipeline"
     group: str | None = None
     tags: list[str] = field(default_factory=list)
+    artifacts: str = "digests"  # what W&B keeps of data set, best and last checkpoint and uncommitted code: none,
+    # digests (with the places where they lie), or files
     every_steps: int = 10  # optimizer steps between rows
     system_every_seconds: int = 15  # between looks at each node (system/node-<n>.csv); 0 = never
     norms_every_steps: int = 100  # optimizer steps between looks at every norm (norms.csv); 0 = never

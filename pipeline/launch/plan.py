@@ -182,10 +182,15 @@ def add_to_start(directory: Path, **facts: object) -> None:
     _write_record(directory, record)
 
 
+def numbered_checkpoints(directory: Path) -> dict[int, Path]:
+    """A run's checkpoints by their steps, as their names have them."""
+    found = {path.stem.partition("-")[2]: path for path in (directory / "checkpoints").glob("step-*.ckpt")}
+    return {int(step): path for step, path in found.items() if step.isdigit()}
+
+
 def newest_step(directory: Path) -> int:
-    """The step of the newest checkpoint, by its name; 0 for none."""
-    steps = [path.stem.partition("-")[2] for path in (directory / "checkpoints").glob("step-*.ckpt")]
-    return max((int(step) for step in steps if step.isdigit()), default=0)
+    """The step of the newest checkpoint; 0 for none."""
+    return max(numbered_checkpoints(directory), default=0)
 
 
 def failed_in_a_row(starts: Sequence[Mapping[str, object]], step: int) -> int:

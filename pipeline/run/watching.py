@@ -20,6 +20,7 @@ from rich.console import Console
 
 from pipeline.callbacks.activations import Activations
 from pipeline.callbacks.alerts import Alerts
+from pipeline.callbacks.artifacts import artifacts
 from pipeline.callbacks.bad_samples import BadSamples
 from pipeline.callbacks.gradient_layout import GradientLayout
 from pipeline.callbacks.gradients import Gradients, weights
@@ -240,11 +241,12 @@ def build_reporters(run: Assembly, start: Path | None, console: Console) -> list
         )  # fmt: skip
         say = partial(console.print, highlight=False, soft_wrap=True, markup=False)
         newest = record.starts[-1]
+        kept = artifacts(config.directory, place.id, config.run.data, config.tracking.artifacts)
         code = {name: newest[name] for name in ("code", "commit", "changed", "remote") if name in newest}
         try:
             tracker = WandbReporter(place, directory=config.directory, mode=config.tracking.mode,
-                                    config=asdict(config) | {"code": code}, journal=path, say=say,
-                                    stop=partial(_stop, config.directory))  # fmt: skip
+                                    config=asdict(config) | {"code": code}, journal=path, artifacts=kept,
+                                    say=say, stop=partial(_stop, config.directory))  # fmt: skip
         except TrackingError as error:
             raise ConfigError(f"tracking.mode = {config.tracking.mode}: {error}") from None
         where = f"  upload with: pipeline sync {config.directory}" if "offline" in tracker.mode else ""

@@ -11,6 +11,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+from tests.callbacks.wandb_artifacts import ArtifactStore
+
 KEY = "k" * 39 + "7"
 
 
@@ -20,6 +22,7 @@ class StoredRun:
     name: str
     history: list[dict] = field(default_factory=list)
     config: dict = field(default_factory=dict)
+    summary: dict = field(default_factory=dict)
     preempting: bool = False
     exit_code: int | None = None
     sweep: str | None = None
@@ -65,12 +68,13 @@ class StoredView:
     saves: int = 0
 
 
-class WandbServer:
+class WandbServer(ArtifactStore):
     """fault: what is answered instead, by the name of the operation (every = all): a status, or seconds of delay."""
 
     entity = "someone"
 
     def __init__(self, host: str = "127.0.0.1", **fault: int | float):
+        super().__init__()
         self.host = host
         self.runs: dict[str, StoredRun] = {}
         self.sweeps: dict[str, StoredSweep] = {}
@@ -108,6 +112,15 @@ class WandbServer:
                     self.answer(named[1] if named else "", query.get("variables") or {})
                 elif self.path.endswith("/file_stream"):
                     self.answer("file_stream", json.loads(body) | {"run": self.path.split("/")[-2]})
+                elif self.path.startswith("/storage/"):
+                    server.calls["storage"] += 1
+                    fault = server.fault.get("storage", server.fault.get("every", 0))
+                    if isinstance(fault, float):
+                        server.closed.wait(fault)
+                    elif fault:
+                        return self.reply(fault, {})
+                    server.put(self.path, body)
+                    self.reply(200, {})
                 else:
                     self.reply(200, {})
 
@@ -251,6 +264,8 @@ class WandbServer:
             assert lines["offset"] <= len(run.history), "a hole in the history"
             content = [json.loads(line) for line in lines["content"]]
             run.history[lines["offset"] : lines["offset"] + len(content)] = content
+        for line in ((body.get("files") or {}).get("wandb-summary.json") or {}).get("content", ()):
+            run.summary |= json.loads(line)
         run.preempting |= bool(body.get("preempting"))
         if body.get("complete"):
             run.exit_code = body.get("exitcode")

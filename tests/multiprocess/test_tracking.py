@@ -1,8 +1,11 @@
 """W&B has the history of a run once and whole, whatever happened to its processes or to the server."""
 
+import json
 import os
+import shutil
 import signal
 import time
+from dataclasses import asdict
 
 import pytest
 import wandb
@@ -12,13 +15,16 @@ from pipeline import run
 from pipeline.callbacks import agreement, wandb_reporter
 from pipeline.callbacks.journal import read_journal
 from pipeline.callbacks.preemption import InterruptedRunError
-from pipeline.callbacks.segments import position, position_of, segments
+from pipeline.callbacks.segments import position, position_of, segments, values
 from pipeline.callbacks.sync import synchronize
 from pipeline.callbacks.tracking import Tracking
 from pipeline.callbacks.wandb_reporter import WandbPlace
-from pipeline.config import Config
+from pipeline.config import Config, read_config
+from pipeline.launch.code_state import code_state
 from pipeline.launch.plan import read_record
+from pipeline.training.checkpoint import checkpoints
 from pipeline.world import World
+from tests.callbacks.test_metrics import documented
 from tests.callbacks.wandb_server import KEY, WandbServer
 from tests.multiprocess import ranks
 from tests.multiprocess.test_resume import config, journal
@@ -111,6 +117,41 @@ def test_the_server_has_one_run_with_every_step_once(shards, tmp_path, number, s
         assert server.steps() == [row[:2] for row in journal(tmp_path / "broken")]
         steps = [line["_step"] for line in server.run.history]
         assert steps == [position(row.step, row.split) for row in read_journal(tmp_path / "broken" / "metrics.csv")]
+
+
+def test_a_run_with_two_restarts_is_one_run_with_config_summary_and_artifacts_under_documented_names(shards, tmp_path):
+    def opened() -> Config:
+        settings = config(shards, tmp_path, "broken", 2, "tracking.mode=auto", "tracking.artifacts=files")
+        shutil.copy(shards / "dataset.json", settings.directory)  # as `pipeline train` does
+        return settings
+
+    with WandbServer() as server:
+        for stop in ((7, signal.SIGTERM, 0.0), (11, signal.SIGKILL, 1.0), ()):
+            train(opened(), *stop, **server.environment)
+        directory, identity = tmp_path / "broken", read_record(tmp_path / "broken").wandb_id
+        assert list(server.runs) == [identity]
+        assert len(read_record(directory).starts) == 3
+        rows = read_journal(directory / "metrics.csv")
+        assert server.steps() == [(row.step, row.split) for row in rows]
+        known = {name for row in rows for name in values(row)}
+        history = {name for line in server.run.history for name in line if not name.startswith(("_", "system/"))}
+        assert history == known <= {name for names in documented().values() for name in names}
+        assert {name: server.run.summary[name] for name in known} == {
+            name: value for row in rows for name, value in values(row).items()
+        }
+        sent = {key: value["value"] for key, value in server.run.config.items() if key != "_wandb"}
+        assert sent.pop("code")["code"] == code_state().digest
+        assert sent == json.loads(json.dumps(asdict(read_config(directory / "config.yaml"))))
+        last, best = (server.version(f"checkpoint-{identity}:{alias}") for alias in ("last", "best"))
+        newest = checkpoints(directory / "checkpoints")[-1]
+        assert last.content == {"model.ckpt": newest.read_bytes()}
+        assert best.content == {"model.ckpt": (directory / "checkpoints" / "best.ckpt").read_bytes()}
+        assert best.metadata["top1"] == max(row.top1 for row in rows if row.split == "val")
+        interrupted = read_record(directory).starts[1]["step"]
+        assert server.version(f"checkpoint-{identity}:step-{interrupted}").by == identity
+        data = server.version("dataset-folder:latest")
+        assert data.used_by == [identity]
+        assert data.metadata["digest"] == opened().data.digest
 
 
 def test_no_fault_of_the_server_changes_the_training(shards, tmp_path):
