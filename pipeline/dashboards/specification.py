@@ -57,12 +57,15 @@ THROUGHPUT = Section("Throughput", (
     Panel("Shares of time: data, statistics, gradients, checkpoints",
           ("train/data_wait", "train/statistics_wait", "train/gradient_wait", "train/checkpoint_wait")),
     Panel("Images a second, mean node", ("train/images_per_s_node",)),
+    Panel("Rank that holds up the others", ("train/slowest_rank",)),
+    Panel("Slowest rank's own time a step / median of the others'", ("train/slowest_over_median",)),
     Panel("Seconds of training a row", ("train/span",)),
 ))  # fmt: skip
 DATA = Section("Data", (
     Panel("Share of time waiting for data", ("train/data_wait",)),
     Panel("Images trained on", ("samples",)),
     Panel("Epochs", ("epoch",)),
+    Panel("Rank that waits longest for data", ("train/slowest_data_rank",)),
 ))  # fmt: skip
 STATISTICS = Section("Statistics", (
     Panel("Share of time in statistics collectives", ("train/statistics_wait",)),
@@ -71,8 +74,18 @@ STATISTICS = Section("Statistics", (
     Panel("Inputs of nonlinearities, 15th and 85th percentile", pattern=r"^percentiles/.+/p(15|85)$"),
     Panel("Kurtosis of gradients (tracking.gradients_every_steps)", pattern=r"^gradients/.+/kurtosis$"),
 ))  # fmt: skip
-SYSTEM = Section("System", (
+NODES = Section("System", (
     Panel("Memory of rank 0, GB", ("train/memory_gb",)),
+    Panel("CPU of each node, share of all cores", pattern=r"^system/cpu/node-\d+$"),
+    Panel("Memory used on each node, GB", pattern=r"^system/memory_used_gb/node-\d+$"),
+    Panel("Use of each GPU, share of time", pattern=r"^system/gpu\d+_use/node-\d+$"),
+    Panel("Memory used on each GPU, GB", pattern=r"^system/gpu\d+_memory_used_gb/node-\d+$"),
+    Panel("Watts of each GPU", pattern=r"^system/gpu\d+_watts/node-\d+$"),
+    Panel("Degrees of each GPU, Celsius", pattern=r"^system/gpu\d+_celsius/node-\d+$"),
+    Panel("Network of each node, in and out, MB/s", pattern=r"^system/network_(in|out)_mb/node-\d+$"),
+    Panel("Disks of each node, read and written, MB/s", pattern=r"^system/disk_(read|write)_mb/node-\d+$"),
+    Panel("Free disk of each node, GB", pattern=r"^system/disk_free_gb/node-\d+$"),
+    Panel("Load of each node", pattern=r"^system/load/node-\d+$"),
 ))  # fmt: skip
 RESTARTS = Section("Restarts", (
     Panel("Goodput so far", ("train/goodput",)),
@@ -85,7 +98,7 @@ RESTARTS = Section("Restarts", (
 WORKSPACE = Workspace(
     NAME, AXIS,
     ("config:run.recipe", "config:run.data", "summary:val/top1", "summary:train/goodput", "summary:train/ranks"),
-    (ACCURACY, THROUGHPUT, DATA, STATISTICS, SYSTEM, RESTARTS),
+    (ACCURACY, THROUGHPUT, DATA, STATISTICS, NODES, RESTARTS),
 )  # fmt: skip
 
 # What a comparison of recipes shows of their runs.

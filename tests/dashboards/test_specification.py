@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from pipeline.callbacks.metrics import ONLY_IN_CSV
+from pipeline.callbacks.metrics import OF_EACH_GPU, ONLY_IN_CSV, ONLY_IN_WANDB, SCORES, SPEED, SYSTEM
 from pipeline.dashboards.specification import AXIS, COMPARED, WORKSPACE, documented
 
 PANELS = [(section.name, panel) for section in WORKSPACE.sections for panel in section.panels]
@@ -28,6 +28,21 @@ def test_columns_beside_runs_are_documented_metrics_and_keys_of_a_config():
     for column in WORKSPACE.columns:
         kind, _, name = column.partition(":")
         assert name in (documented() if kind == "summary" else ("run.recipe", "run.data"))
+
+
+def test_every_figure_of_a_row_is_on_some_panel():
+    shown = {name for _, panel in PANELS for name in panel.metrics}
+    for metric in (*SCORES, *SPEED, *ONLY_IN_WANDB):
+        assert {f"train/{metric.name}", f"val/{metric.name}"} & shown, metric.name
+
+
+OF_NODES = [metric.name for metric in SYSTEM] + [f"gpu1_{metric.name}" for metric in OF_EACH_GPU]
+
+
+@pytest.mark.parametrize("figure", OF_NODES)
+def test_every_figure_of_a_node_is_on_one_panel(figure):
+    name = f"system/{figure}/node-12"
+    assert sum(bool(panel.pattern and re.search(panel.pattern, name)) for _, panel in PANELS) == 1
 
 
 @pytest.mark.parametrize("name", ["percentiles/body.5b.pool/unit/p50", "percentiles/classifier/all/p15",
