@@ -1,12 +1,17 @@
 """W&B has the history of a run once and whole, whatever happened to its processes or to the server."""
 
+import io
+import itertools
 import json
 import os
 import shutil
 import signal
+import threading
 import time
 from dataclasses import asdict
+from pathlib import Path
 
+import lightning
 import pytest
 import wandb
 from rich.console import Console
@@ -167,3 +172,49 @@ def test_no_fault_of_the_server_changes_the_training(shards, tmp_path):
     settings = config(shards, tmp_path, "none", 1, "tracking.mode=auto")
     assert train(settings, WANDB_API_KEY=KEY, WANDB_BASE_URL="http://127.0.0.1:9") == [False]
     assert journal(settings.directory) == on_disk(settings) == expected
+
+
+class Paced(lightning.Callback):
+    """Half a second a step; writes down when each ended."""
+
+    def __init__(self, ends: Path):
+        self.ends = ends
+
+    def on_train_batch_end(self, *_: object) -> None:
+        time.sleep(0.5)
+        with self.ends.open("a") as file:
+            file.write(f"{time.monotonic()}\n")
+
+
+def train_paced(rank: int, world: int, settings: Config, ends: Path, environment: dict) -> str:
+    """Train at that pace; returns what the run said."""
+    os.environ.update(environment)
+    said = io.StringIO()
+    run.train(settings, World.from_environment(), Console(file=said, width=200), [Paced(ends)])
+    return said.getvalue()
+
+
+@pytest.mark.slow
+def test_a_server_that_hangs_for_a_minute_costs_no_step_time_and_no_row(shards, tmp_path):
+    settings = config(shards, tmp_path, "hung", 1, "tracking.mode=auto", "trainer.max_epochs=30", "ledger=false",
+                      "trainer.validate_every_epochs=15", "trainer.checkpoint_every_steps=75")  # fmt: skip
+    ends = tmp_path / "ends"
+    with WandbServer() as server:
+
+        def hang() -> None:
+            server.until(10, seconds=120)
+            server.fault["every"] = 60.0  # whatever is asked from now on is answered a minute later
+            time.sleep(60)
+            server.fault.clear()
+
+        hanging = threading.Thread(target=hang)
+        hanging.start()
+        (said,) = ranks.run_ranks(1, train_paced, settings, ends, server.environment)
+        hanging.join()
+        assert "not confirmed" not in said
+        assert server.steps() == [(row.step, row.split) for row in read_journal(settings.directory / "metrics.csv")]
+        assert max(server.steps())[0] == 150
+    times = [float(line) for line in ends.read_text().splitlines()]
+    steps = sorted(after - before for before, after in itertools.pairwise(times))
+    assert len(steps) == 149
+    assert steps[-1] < 10  # a validation and a checkpoint included; one step that waited would take 60
