@@ -30,13 +30,15 @@ from pipeline.callbacks.throughput import Throughput
 from pipeline.callbacks.tracking import Tracking
 from pipeline.training.checkpoint import Checkpoints
 
-CHECKPOINTS, AGREEMENT, TRACKING, CLOCKS, SYSTEM, NORMS, PERCENTILES, GRADIENTS, DETERMINISTIC = FEATURES = (
+CHECKPOINTS, AGREEMENT, TRACKING, CLOCKS, SYSTEM, NORMS, PERCENTILES, GRADIENTS, DETERMINISTIC = _SINGLE = (
     "checkpoints", "agreement", "tracking", "clocks", "system", "norms", "percentiles", "gradients", "deterministic",
 )  # fmt: skip
+REPORTING, WATCHING = "reporting", "watching"  # tracking, clocks and system at once; and all three that look
+FEATURES = (*_SINGLE, REPORTING, WATCHING)
 _WARM_STEPS = 10
 _BLOCKS_OF_A_START = 3
 _LOOKS = (NORMS, PERCENTILES, GRADIENTS)
-_LOOK_EVERY = 5  # steps, where looking at one of these is measured; otherwise it is not looked at
+_LOOK_EVERY = 5  # steps, where looking at these is measured; otherwise it is not looked at
 _QUIET = ("trainer.checkpoint_every_steps=0", "trainer.checkpoint_every_minutes=0", "trainer.validate_every_epochs=0",
           "trainer.max_steps=-1", "trainer.max_epochs=100000", "ledger=false")  # fmt: skip
 
@@ -134,8 +136,8 @@ def _blocks(
     """Seconds of so many blocks, as rank 0 sees them."""
     copied(frozen, directory)
     result = directory / "blocks.json"
-    looks = [f"tracking.{look}_every_steps={_LOOK_EVERY if feature == look else 0}" for look in _LOOKS]
-    looks.append(f"tracking.system_every_seconds={int(feature == SYSTEM)}")
+    looks = [f"tracking.{look}_every_steps={_LOOK_EVERY if feature in (look, WATCHING) else 0}" for look in _LOOKS]
+    looks.append(f"tracking.system_every_seconds={int(feature in (SYSTEM, REPORTING))}")
     ranks = started(
         directory,
         world,
@@ -198,7 +200,7 @@ class Alternation(lightning.Callback):
         """Set the state of the feature; a checkpoint is written at the beginning of its block."""
         if self.feature == CHECKPOINTS and on:
             _of(trainer, Checkpoints).save(trainer)
-        if self.feature == SYSTEM:
+        if self.feature in (SYSTEM, REPORTING):
             for callback in trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, System):  # of the first rank of the node alone
                     callback.stop()
@@ -218,6 +220,7 @@ _HOOKS = ("on_train_batch_start", "on_before_optimizer_step", "on_train_batch_en
 _WATCHERS: dict[str, tuple[type[lightning.Callback], ...]] = {
     AGREEMENT: (Preemption,), TRACKING: (Tracking,), CLOCKS: (Throughput,), NORMS: (Norms,),
     PERCENTILES: (Activations,), GRADIENTS: (Gradients,),
+    REPORTING: (Tracking, Throughput), WATCHING: (Norms, Activations, Gradients),
 }  # fmt: skip
 
 

@@ -71,7 +71,8 @@ def _add_training(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     p.add_argument("run", help="a run's directory, of which config.yaml is taken")
     p.add_argument("--only", type=lambda names: names.split(","), default=[], metavar="NAME,NAME",
                    help="of checkpoints, agreement, tracking, clocks, system, norms, percentiles, gradients, "
-                   "deterministic, these alone")  # fmt: skip
+                   "deterministic, these alone; reporting is tracking, clocks and system at once, watching is norms, "
+                   "percentiles and gradients")  # fmt: skip
     p.add_argument("--processes", type=count, nargs="+", default=[1, 2], metavar="N", help="default: 1 2")
     p.add_argument("--steps", type=count, default=20, metavar="N", help="a block (default: 20)")
     p.add_argument("--pairs", type=repeats, default=20, metavar="N", help="of blocks with and without (default: 20)")
