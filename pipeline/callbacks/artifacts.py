@@ -7,6 +7,7 @@ same, each once. By default W&B gets names, digests and places: no file leaves t
 from __future__ import annotations
 
 import json
+import os
 import re
 import threading
 import time
@@ -148,6 +149,7 @@ class Artifacts:
         return kept(self.directory, self.wandb_id, self.data)
 
     def _made(self, each: Kept) -> wandb.Artifact:
+        quiet()
         artifact = wandb.Artifact(each.name, each.kind, metadata=each.metadata)
         if self.how == FILES:  # neither copied before it is sent nor kept in a cache: whole checkpoints never change
             artifact.add_file(str(each.path), name=each.entry, policy="immutable", skip_cache=True)
@@ -171,3 +173,10 @@ class Artifacts:
 def artifacts(directory: Path, wandb_id: str, data: str, how: str) -> Artifacts | None:
     """Those of a run, unless W&B is to have none."""
     return None if how == NONE else Artifacts(directory, wandb_id, data, how)
+
+
+def quiet() -> None:
+    """Before anything is asked of W&B's client: once it is there it takes no more notice of these, and says so."""
+    os.environ.setdefault("WANDB_SILENT", "true")
+    # Telemetry of W&B's client: towards a server that accepts and never answers it held a process for 22 s at its end.
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")

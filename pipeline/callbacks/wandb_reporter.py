@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 
 import wandb
 
-from pipeline.callbacks.artifacts import FILES, Artifacts
+from pipeline.callbacks.artifacts import FILES, Artifacts, quiet
 from pipeline.callbacks.journal import Row, read_journal
 from pipeline.callbacks.segments import Values, last_position, position, position_of, values
 from pipeline.launch.patience import within
@@ -243,9 +243,7 @@ def _begin(
     init_seconds: float, finish_seconds: float, stop: Callable[[], None] | None = None,
 ) -> Any:  # fmt: skip
     """W&B's own run. Raises one of its many errors."""
-    os.environ.setdefault("WANDB_SILENT", "true")
-    # Telemetry of W&B's client: towards a server that accepts and never answers it held a process for 22 s at its end.
-    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+    quiet()
     # Its client writes a log into the run's directory. Where that cannot be written, logging itself would print a
     # traceback for every line of it.
     logging.raiseExceptions = False
@@ -307,6 +305,7 @@ def last_position_on_server(place: WandbPlace, *, seconds: float) -> int:
 
 def server() -> str:
     """Its address."""
+    quiet()
     return str(wandb.setup().settings.base_url)
 
 
