@@ -63,7 +63,7 @@ class Alerts:
             return
         is_low = row.goodput < self.goodput
         if is_low and not self._is_low:
-            self._tell(
+            is_low = self._tell(
                 "low goodput",
                 f"goodput is {row.goodput:.1%} at step {row.step}, below tracking.goodput_alert = {self.goodput:g}: so "
                 "much of the time since the run began was in steps that count. `pipeline report` shows the rest",
@@ -77,12 +77,14 @@ class Alerts:
     def close(self) -> None:
         """Nothing: what is on its way is the tracker's to wait for."""
 
-    def _tell(self, what: str, text: str, level: str, wait_seconds: float) -> None:
+    def _tell(self, what: str, text: str, level: str, wait_seconds: float) -> bool:
+        """Whether it was time for another one of its kind."""
         now = self.clock()
         if now - self._sent.get(what, -wait_seconds) < wait_seconds:  # W&B counts, too, over all starts
-            return
+            return False
         self._sent[what] = now
         text = f"{text[:TEXT_LENGTH]}\nrun directory: {self.directory}\ngo on with: {self.command}"
         # The name in front: W&B's waiting goes by title.
         room = TITLE_LENGTH - len(what) - 2
         self.send(f"{self.name[:room]}: {what}", text, level=level, wait_seconds=wait_seconds)
+        return True

@@ -6,6 +6,7 @@ same, each once. By default W&B gets names, digests and places: no file leaves t
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -22,6 +23,7 @@ from pipeline.launch.code_state import CODE
 from pipeline.launch.plan import numbered_checkpoints, read_record
 
 NONE, DIGESTS, FILES = "none", "digests", "files"  # tracking.artifacts
+_INPUT_SECONDS = 5.0  # for what was begun long ago
 _MANIFEST = "dataset.json"  # of the run's data set, in its directory
 _BEST = "best.ckpt"  # as training/checkpoint.py has it, whose import takes seconds
 
@@ -44,19 +46,25 @@ class Kept:
 
 
 def kept(directory: Path, wandb_id: str, data: str) -> list[Kept]:
-    """All that there is now, `latest` last. directory: the run's. data: the name of its data set."""
+    """All that there is now, the last checkpoint behind the others. directory: the run's. data: its data set's name."""
     found = []
-    if (path := directory / _MANIFEST).is_file():
-        known = json.loads(path.read_text())
-        digest = str(known.get("digest", ""))
+    if digest := _digest(path := directory / _MANIFEST):
         found.append(Kept(f"dataset-{_name(data)}", "dataset", path, _MANIFEST, (f"digest-{digest[:12]}",),
                           {"digest": digest}, is_input=True))  # fmt: skip
-    newest = read_record(directory).starts[-1:]
-    code = str(newest[0].get("code", "")) if newest else ""
-    if newest and newest[0].get("changed") and (path := directory / CODE / f"{code}.diff").is_file():
-        about = {"commit": newest[0].get("commit"), "digest": code}
-        found.append(Kept(f"code-{wandb_id}", "code", path, "changes.diff", (f"digest-{code}",), about))
+    changed = [start for start in read_record(directory).starts if start.get("changes")]
+    for name, start in {str(start["changes"]): start for start in changed}.items():
+        if (path := directory / CODE / name).is_file():
+            about = {"commit": start.get("commit"), "digest": start.get("code")}
+            found.append(Kept(f"code-{wandb_id}", "code", path, "changes.diff", (f"digest-{path.stem}",), about))
     return found + _checkpoints(directory, wandb_id)
+
+
+def _digest(manifest: Path) -> str:
+    """What a manifest calls its data set; "" where there is none that says so."""
+    try:
+        return str(json.loads(manifest.read_text())["digest"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
 
 
 def _checkpoints(directory: Path, wandb_id: str) -> list[Kept]:
@@ -95,58 +103,53 @@ class Artifacts:
     thread for which nobody has to wait.
     """
 
-    def __init__(self, directory: Path, wandb_id: str, data: str, how: str):
-        """how: digests or files."""
-        self.directory, self.wandb_id, self.data, self.how = directory, wandb_id, data, how
-        self._confirmed = directory / "wandb" / "artifacts.json"  # digests by Kept.key
+    def __init__(self, directory: Path, wandb_id: str, data: str, how: str, where: str = ""):
+        """how: digests or files. where: the server and project to which they go."""
+        self.directory, self.wandb_id, self.data, self.how, self.where = directory, wandb_id, data, how, where
+        self._confirmed = directory / "wandb" / "artifacts.json"  # by Kept.key: what W&B has, how, and where
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
 
     def missing(self) -> list[Kept]:
         """What W&B has not confirmed yet."""
-        known = self._known()
-        return [each for each in self._kept() if self._made(each).digest != known.get(each.key)]
+        return [each for each in kept(self.directory, self.wandb_id, self.data) if not self._has(each)]
 
     def begin(self, run: Any) -> None:
         """Name the run's inputs, while it goes on. run: of W&B's client, online."""
         self._start(run, inputs_alone=True)
 
-    def end(self, run: Any, seconds: float) -> str:
-        """Send what is missing; returns why it is not all there, "" if it is."""
+    def end(self, run: Any, seconds: float, *, in_haste: bool = False) -> str:
+        """Send what is missing; returns why it is not all there, "" if it is. in_haste: the last checkpoint first."""
         until = time.monotonic() + seconds
         if self._thread is not None:  # whatever has become of it: what it did not do is still missing
-            self._thread.join(seconds)
-        if self._thread is None or not self._thread.is_alive():
-            self._start(run, inputs_alone=False).join(max(0.0, until - time.monotonic()))
+            self._thread.join(min(seconds, _INPUT_SECONDS))
+        if self._thread is not None and self._thread.is_alive():
+            return "no answer about the run's data set"
+        self._start(run, inputs_alone=False, in_haste=in_haste).join(max(0.0, until - time.monotonic()))
         if self._thread is not None and self._thread.is_alive():
             return f"no answer within {seconds:g} s"
         return str(self._error).strip() or type(self._error).__name__ if self._error else ""
 
-    def _start(self, run: Any, *, inputs_alone: bool) -> threading.Thread:
+    def _start(self, run: Any, *, inputs_alone: bool, in_haste: bool = False) -> threading.Thread:
         self._error = None
-        self._thread = threading.Thread(target=self._send, args=(run, inputs_alone), name="artifacts", daemon=True)
+        self._thread = threading.Thread(
+            target=self._send, args=(run, inputs_alone, in_haste), name="artifacts", daemon=True
+        )
         self._thread.start()
         return self._thread
 
-    def _send(self, run: Any, inputs_alone: bool) -> None:
-        try:
-            for each in self._kept():
-                if inputs_alone and not each.is_input:
-                    continue
-                artifact = self._made(each)
-                digest = artifact.digest
-                if self._known().get(each.key) == digest:
-                    continue
+    def _send(self, run: Any, inputs_alone: bool, in_haste: bool) -> None:
+        missing = [each for each in self.missing() if each.is_input or not inputs_alone]
+        for each in reversed(missing) if in_haste else missing:
+            try:
+                identity, artifact = self._identity(each), self._made(each)
                 if each.is_input:
                     run.use_artifact(artifact, aliases=list(each.aliases))
                 else:
                     run.log_artifact(artifact, aliases=list(each.aliases)).wait()
-                self._confirm(each, digest)
-        except Exception as error:  # W&B's client has many; what is not confirmed is sent again
-            self._error = error
-
-    def _kept(self) -> list[Kept]:
-        return kept(self.directory, self.wandb_id, self.data)
+                self._confirm(each, identity)
+            except Exception as error:  # W&B's client has many; what is not confirmed is sent again
+                self._error = self._error or error
 
     def _made(self, each: Kept) -> wandb.Artifact:
         quiet()
@@ -157,22 +160,37 @@ class Artifacts:
             artifact.add_reference(each.path.resolve().as_uri(), name=f"elsewhere/{each.entry}")
         return artifact
 
-    def _known(self) -> dict[str, str]:
+    def _identity(self, each: Kept) -> dict[str, str]:
+        """Which file it is, without reading a checkpoint: those are written under a name once, and whole."""
+        status = each.path.stat()
+        content = f"{status.st_size} {status.st_mtime_ns}"
+        if each.kind != "model":
+            content = hashlib.sha256(each.path.read_bytes()).hexdigest()
+        to = f"{os.environ.get('WANDB_BASE_URL', '')} {self.where}".strip()
+        return {"content": content, "how": self.how, "to": to, "from": str(each.path.resolve())}
+
+    def _has(self, each: Kept) -> bool:
+        """Whether W&B has confirmed this file: as wanted, or as a file, which says more than where one lies."""
+        wanted, known = self._identity(each), self._known().get(each.key, {})
+        same = all(known.get(name) == wanted[name] for name in ("content", "to"))
+        return same and (known["how"] == FILES or (self.how != FILES and known["from"] == wanted["from"]))
+
+    def _known(self) -> dict[str, dict[str, str]]:
         try:
             return dict(json.loads(self._confirmed.read_text()))
         except (OSError, ValueError):
             return {}
 
-    def _confirm(self, each: Kept, digest: str) -> None:
+    def _confirm(self, each: Kept, identity: dict[str, str]) -> None:
         self._confirmed.parent.mkdir(exist_ok=True)
         temporary = self._confirmed.with_suffix(".tmp")
-        temporary.write_text(json.dumps(self._known() | {each.key: digest}, indent=2) + "\n")
+        temporary.write_text(json.dumps(self._known() | {each.key: identity}, indent=2) + "\n")
         temporary.replace(self._confirmed)
 
 
-def artifacts(directory: Path, wandb_id: str, data: str, how: str) -> Artifacts | None:
+def artifacts(directory: Path, wandb_id: str, data: str, how: str, where: str = "") -> Artifacts | None:
     """Those of a run, unless W&B is to have none."""
-    return None if how == NONE else Artifacts(directory, wandb_id, data, how)
+    return None if how == NONE else Artifacts(directory, wandb_id, data, how, where)
 
 
 def quiet() -> None:

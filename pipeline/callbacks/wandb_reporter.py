@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import http.client
 import json
 import logging
 import netrc
@@ -77,6 +78,11 @@ class WandbPlace:
     sweep: str | None = None
     returns: bool = False
 
+    @property
+    def where(self) -> str:
+        """Of the run among all others of its server."""
+        return f"{self.entity or ''}/{self.project}/{self.id}"
+
 
 class WandbReporter:
     """One W&B run. Steps are our own metric; W&B's _step is `position`, by which its server and client drop repeats."""
@@ -121,16 +127,17 @@ class WandbReporter:
         run = self._run
         if run is None or self.mode != "online":
             return
-        variables = {"entityName": run.entity, "projectName": run.project, "runName": run.id, "title": title,
-                     "text": text, "severity": level, "waitDuration": round(wait_seconds * 1000)}  # fmt: skip
 
         def send() -> None:
-            with contextlib.suppress(ServerError):
+            with contextlib.suppress(Exception):
+                variables = {"entityName": run.entity, "projectName": run.project, "runName": run.id, "title": title,
+                             "text": text, "severity": level, "waitDuration": round(wait_seconds * 1000)}  # fmt: skip
                 asked("NotifyScriptableRunAlert", _ALERT, variables, seconds=ALERT_SECONDS)
 
-        thread = threading.Thread(target=send, name="alert", daemon=True)
-        self._alerts.append(thread)
-        thread.start()
+        with contextlib.suppress(RuntimeError):  # no more threads for this process
+            thread = threading.Thread(target=send, name="alert", daemon=True)
+            thread.start()
+            self._alerts.append(thread)
 
     def interrupted(self) -> None:
         self._exit_code = RESUMABLE
@@ -138,24 +145,36 @@ class WandbReporter:
             self._surely(lambda: self._run.mark_preempting())  # noqa: PLW0108  of the client that there is by then
 
     def failed(self) -> None:
-        """The run is about to end by an error: in W&B it is failed, not finished."""
-        self._exit_code = self._exit_code or FAILED
+        """The run is about to end by an error: in W&B it is failed, not finished, whatever was said before."""
+        self._exit_code = FAILED
 
     def close(self) -> None:
-        if self.artifacts and self._run is not None and self.mode == "online":
-            in_haste = self._exit_code != 0 or self.artifacts.how != FILES
-            complaint = self.artifacts.end(self._run, HASTE_SECONDS if in_haste else UPLOAD_SECONDS)
-            if complaint:
-                self.say(f"W&B has not confirmed every checkpoint ({reason(complaint)}); send the rest with: "
-                         f"pipeline sync {self.directory}")  # fmt: skip
-                _finish_soon(self._run, self._exit_code, FINISH_SECONDS)
-                self._run = None
+        try:
+            self._keep_artifacts()
+        except BaseException:  # a signal: this process is to end now, and W&B's own would go on for hours
+            _finish_soon(self._run, RESUMABLE, HASTE_SECONDS)
+            self._run = None
+            raise
+        is_there = self._run is not None
         self._surely(lambda: self._run.finish(exit_code=self._exit_code))
-        if self.mode == "online":
+        if is_there and self.mode == "online":
             self._compare()
         until = time.monotonic() + ALERT_SECONDS  # of one that the end followed at once
         for thread in self._alerts:
             thread.join(max(until - time.monotonic(), 0.0))
+
+    def _keep_artifacts(self) -> None:
+        """Not of a start that failed: others wait for its end, and the next one, or `pipeline sync`, sends them."""
+        if not self.artifacts or self._run is None or self.mode != "online" or self._exit_code == FAILED:
+            return
+        in_haste = self._exit_code == RESUMABLE
+        seconds = UPLOAD_SECONDS if self.artifacts.how == FILES and not in_haste else HASTE_SECONDS
+        complaint = self.artifacts.end(self._run, seconds, in_haste=in_haste)
+        if complaint:
+            self.say(f"W&B has not confirmed every checkpoint ({reason(complaint)}); send the rest with: "
+                     f"pipeline sync {self.directory}")  # fmt: skip
+            _finish_soon(self._run, self._exit_code, HASTE_SECONDS)
+            self._run = None
 
     def _log(self, row: Row) -> None:
         at = position(row.step, row.split)
@@ -267,14 +286,15 @@ def send(
     artifacts: Artifacts | None = None,
 ) -> None:  # fmt: skip
     """Rows into the W&B run on the server, behind those that it has, and artifacts. Raises ServerError."""
+    until = time.monotonic() + seconds
     try:
         run = _begin(place, directory, "online", None, seconds, seconds)
         for row in rows:
             if position_of(row) >= run.starting_step:
                 run.log(_logged(row), step=position_of(row), commit=True)
-        complaint = artifacts.end(run, seconds) if artifacts else ""
+        complaint = artifacts.end(run, max(until - time.monotonic(), 1.0)) if artifacts else ""
         if complaint:
-            _finish_soon(run, exit_code, FINISH_SECONDS)
+            _finish_soon(run, exit_code, HASTE_SECONDS)
         else:
             run.finish(exit_code=exit_code)
     except Exception as error:
@@ -352,7 +372,7 @@ def asked(operation: str, query: str, variables: dict[str, Any], *, seconds: flo
         error.close()
         refused = "; is the key right? (WANDB_API_KEY, or `wandb login`)" if error.code in (401, 403) else ""
         raise ServerError(f"{url} answers with status {error.code}{refused}") from None
-    except OSError as error:
+    except (OSError, http.client.HTTPException) as error:
         raise ServerError(f"{url} does not answer ({reason(getattr(error, 'reason', error))})") from None
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ServerError(f"{url} does not answer as a W&B server does") from None
@@ -379,7 +399,7 @@ def _kill_client() -> None:
     """End W&B's own process, which would not end before the server has answered it."""
     for status in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
-            number, _, rest = status.read_text().partition(" (")
+            number, _, rest = status.read_text(errors="replace").partition(" (")
             name, _, facts = rest.rpartition(") ")
             if name == "wandb-core" and facts.split()[1] == str(os.getpid()):
                 os.kill(int(number), signal.SIGKILL)

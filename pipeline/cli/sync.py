@@ -61,9 +61,15 @@ def _sync_one(directory: Path, overrides: list[str], options: argparse.Namespace
         raise ConfigError(f"{directory} is no run: it holds no {CONFIG}; give directories like runs/NAME")
     config, record = of_run(directory / CONFIG, overrides), read_record(directory)
     place = place_of(config, record)
-    ended = record.starts[-1].get("ended") if record.starts else None
-    code = {"done": DONE, "interrupted": RESUMABLE}.get(str(ended), FAILED)
-    kept = artifacts(directory, place.id, config.run.data, config.tracking.artifacts)
+    if config.tracking.mode == "disabled":
+        print(f"{directory}: not sent, for it was made with tracking.mode = disabled; to send it all the same, add "
+              "tracking.mode=offline")  # fmt: skip
+        return
+    if not record.starts:
+        print(f"{directory}: nothing to send, it has not begun")
+        return
+    code = {"done": DONE, "interrupted": RESUMABLE}.get(str(record.starts[-1].get("ended")), FAILED)
+    kept = artifacts(directory, place.id, config.run.data, config.tracking.artifacts, place.where)
     with locked(directory):  # the segment of a run that goes on is still being written
         synchronize(
             directory, place, seconds=options.timeout, exit_code=code, artifacts=kept,

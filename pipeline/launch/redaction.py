@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 
-_SECRET = ("KEY", "TOKEN", "SECRET", "PASSWORD")  # in the name of a variable whose value is never shown
+_SECRET = ("KEY", "TOKEN", "SECRET", "PASS", "CREDENTIAL")  # in the name of a variable whose value is never shown
 _USER, _QUERY = re.compile(r"(://)[^/\s@]+@"), re.compile(r"(://[^\s?'\"]*)\?[^\s'\"]+")
 
 

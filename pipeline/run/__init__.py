@@ -59,7 +59,7 @@ def train(config: Config, world: World, console: Console, watchers: Sequence[lig
 def _train(run: Assembly, console: Console, watchers: Sequence[lightning.Callback]) -> Scores | None:
     start = _start(run, console)
     reporters = build_reporters(run, start, console) if run.world.leads else []
-    with reporting(reporters):
+    with reporting(reporters, run.config.directory):
         try:
             watch = build_watch(run, reporters, console)
             trainer = build_trainer(run, [*watch.callbacks, *watchers])

@@ -8,7 +8,7 @@ import signal
 import socket
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
 from functools import partial
@@ -39,6 +39,7 @@ from pipeline.callbacks.tracking import Circumstance, Reporter, Tracking
 from pipeline.callbacks.wandb_reporter import TrackingError, WandbPlace, WandbReporter
 from pipeline.callbacks.watchdog import Watchdog
 from pipeline.config import Config, ConfigError
+from pipeline.launch.failure import AGAIN, FailedRunError
 from pipeline.launch.heartbeat import Heartbeat, heartbeat_path
 from pipeline.launch.plan import STOPPED, RunRecord, add_to_start, failed_in_a_row, newest_step, read_record
 from pipeline.launch.pulse import Pulse, pulse_path
@@ -241,8 +242,8 @@ def build_reporters(run: Assembly, start: Path | None, console: Console) -> list
         )  # fmt: skip
         say = partial(console.print, highlight=False, soft_wrap=True, markup=False)
         newest = record.starts[-1]
-        kept = artifacts(config.directory, place.id, config.run.data, config.tracking.artifacts)
-        code = {name: newest[name] for name in ("code", "commit", "changed", "remote") if name in newest}
+        kept = artifacts(config.directory, place.id, config.run.data, config.tracking.artifacts, place.where)
+        code = {name: newest[name] for name in ("code", "commit", "changed", "changes", "remote") if name in newest}
         try:
             tracker = WandbReporter(place, directory=config.directory, mode=config.tracking.mode,
                                     config=asdict(config) | {"code": code}, journal=path, artifacts=kept,
@@ -261,20 +262,30 @@ def build_reporters(run: Assembly, start: Path | None, console: Console) -> list
 
 
 @contextmanager
-def reporting(reporters: Sequence[Reporter]) -> Iterator[None]:
+def reporting(reporters: Sequence[Reporter], directory: Path) -> Iterator[None]:
     """Close them behind what runs inside, with a word to W&B if it failed: one that was interrupted has said so."""
-    try:
-        yield
-    except InterruptedRunError:
-        raise
-    except Exception:
-        for reporter in reporters:
-            if isinstance(reporter, WandbReporter):
-                reporter.failed()
-        raise
-    finally:
-        for reporter in reporters:
-            reporter.close()
+    with ExitStack() as stack:
+        for reporter in reversed(reporters):
+            stack.callback(reporter.close)  # of each, even if a signal cuts another one's short
+        try:
+            yield
+        except InterruptedRunError:
+            raise
+        except Exception as error:
+            if isinstance(error, FailedRunError) and error.code == AGAIN:
+                _tell_of_interruption(reporters, directory)
+            else:
+                _tell_of_failure(reporters)
+            raise
+        except BaseException:  # a signal outside of the steps
+            _tell_of_interruption(reporters, directory)
+            raise
+
+
+def _tell_of_failure(reporters: Sequence[Reporter]) -> None:
+    for reporter in reporters:
+        if isinstance(reporter, WandbReporter):
+            reporter.failed()
 
 
 def build_alerts(config: Config, record: RunRecord, tracker: WandbReporter) -> Alerts:

@@ -1,5 +1,5 @@
 import json
-import threading
+import signal
 import time
 from pathlib import Path
 
@@ -104,6 +104,66 @@ def test_the_files_of_a_run_known_by_digest_are_sent_when_they_are_asked_for(ser
     assert server.version(f"{CHECKPOINT}:last").content == {"model.ckpt": b"weights of step 11"}
 
 
+def test_a_file_that_w_and_b_has_is_not_followed_by_a_word_of_where_it_lies(server, run):
+    start(run, "files")
+    server.calls.clear()
+    assert not any("artifacts" in line for line in send(run))
+    assert "CreateArtifact" not in server.calls
+
+
+def test_what_was_moved_lies_elsewhere_and_another_project_has_nothing_yet(server, run, tmp_path):
+    start(run)
+    moved = run.rename(tmp_path / "moved")
+    assert [each.key for each in Artifacts(moved, PLACE.id, "digits", "digests").missing()] == [
+        f"{DATASET}:digest-dddddddddddd", f"{CHECKPOINT}:best", f"{CHECKPOINT}:last"]  # fmt: skip
+    moved.rename(run)
+    assert Artifacts(run, PLACE.id, "digits", "digests").missing() == []
+    assert len(Artifacts(run, PLACE.id, "digits", "digests", "team/other").missing()) == 3
+
+
+def test_one_that_is_refused_holds_up_no_other(server, run):
+    taken = server.CreateArtifact
+    server.CreateArtifact = lambda variables: (
+        {"errors": [{"message": "no"}]} if variables["input"]["artifactTypeName"] == "dataset" else taken(variables)
+    )
+    (line,) = start(run)
+    assert line.startswith("W&B has not confirmed every checkpoint (")
+    assert {version.kind for version in server.versions.values()} == {"model"}
+
+
+def test_a_start_that_failed_sends_none_and_is_failed_whatever_was_said_before(server, run):
+    reporter = WandbReporter(PLACE, directory=run, mode="auto", config={},
+                             artifacts=Artifacts(run, PLACE.id, "digits", "digests"))  # fmt: skip
+    reporter.interrupted()
+    reporter.failed()
+    reporter.close()
+    assert server.run.exit_code == 1
+    assert not [version for version in server.versions.values() if version.kind == "model"]
+
+
+def test_a_signal_while_files_are_sent_ends_the_start(server, run, monkeypatch):
+    class Signal(BaseException):
+        pass
+
+    def signalled(*_: object) -> None:
+        raise Signal
+
+    monkeypatch.setattr(wandb_reporter, "HASTE_SECONDS", 2.0)
+    server.fault["storage"] = 500
+    reporter = WandbReporter(PLACE, directory=run, mode="auto", config={},
+                             artifacts=Artifacts(run, PLACE.id, "digits", "files"))  # fmt: skip
+    before = signal.signal(signal.SIGALRM, signalled)
+    signal.setitimer(signal.ITIMER_REAL, 3)
+    began = time.monotonic()
+    try:
+        with pytest.raises(Signal):
+            reporter.close()
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert time.monotonic() - began < 15
+    wandb.teardown()  # and the process can end
+
+
 def test_the_same_bytes_are_one_version_that_is_best_and_last(server, run):
     save(run, 11, best=True)
     start(run)
@@ -126,7 +186,7 @@ def test_a_later_start_adds_what_is_new_and_repeats_nothing(server, run):
 def test_changes_of_the_code_are_kept_where_there_are_any(server, run):
     start(run)
     assert not [version for version in server.versions.values() if version.kind == "code"]
-    note(run, commit="1a2b", changed=True)
+    note(run, commit="1a2b", changed=True, changes="c0de.diff")
     (run / "code").mkdir()
     (run / "code" / "c0de.diff").write_text("- a\n+ b\n")
     start(run, "files")
@@ -202,6 +262,6 @@ def test_nobody_waits_for_the_inputs_of_a_run(server, run):
     reporter = WandbReporter(PLACE, directory=run, mode="auto", config={},
                              artifacts=Artifacts(run, PLACE.id, "digits", "digests"))  # fmt: skip
     assert time.monotonic() - began < 10
-    assert any(thread.name == "artifacts" for thread in threading.enumerate())
+    assert reporter.artifacts._thread.is_alive()
     reporter.artifacts = None
     reporter.close()

@@ -1,4 +1,5 @@
 import itertools
+import json
 import re
 import time
 from pathlib import Path
@@ -134,6 +135,29 @@ def test_the_verb_sends_a_run(capsys, server, run):
     assert server.steps() == [(1, "train")]
     assert cli.main(["sync", str(run)]) == 0
     assert "nothing to send, 1 segments were sent before" in capsys.readouterr().out
+
+
+def test_a_run_that_is_not_to_be_tracked_or_has_not_begun_is_not_sent(capsys, server, run):
+    config = run / "config.yaml"
+    tracked = config.read_text()
+    config.write_text(tracked.replace("mode: auto", "mode: disabled"))
+    assert cli.main(["sync", str(run)]) == 0
+    assert "tracking.mode = disabled" in capsys.readouterr().out
+    config.write_text(tracked)
+    record = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(record | {"starts": []}))
+    assert cli.main(["sync", str(run)]) == 0
+    assert "it has not begun" in capsys.readouterr().out
+    assert server.runs == {}
+
+
+def test_of_several_runs_one_that_fails_holds_up_no_other(capsys, server, run, tmp_path):
+    assert cli.main(["sync", str(tmp_path), str(run), "--timeout", "60"]) == 2
+    said = capsys.readouterr()
+    assert "is no run" in said.err
+    assert server.steps() == [(1, "train")]
+    assert cli.main(["sync", "tracking.mode=offline"]) == 2
+    assert "there is no run to send" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,7 @@ def test_changes_are_kept_once_for_each_state_and_new_files_are_named(package, t
     assert "-a = 1\n+a = 2\n" in text
     assert "new, and not in git: pipeline/new.py\n" in text
     assert code.keep(tmp_path / "code") == path
-    assert code.origin == {"commit": code.commit, "changed": True, "remote": ""}
+    assert code.origin == {"commit": code.commit, "changed": True, "changes": path.name, "remote": ""}
     git(package.parent, "checkout", "-q", "pipeline/__init__.py")
     patch = text.partition("new, and")[0]
     subprocess.run(["git", "apply", "-"], cwd=package.parent, input=patch, text=True, check=True)
@@ -66,6 +66,30 @@ def test_a_secret_of_the_environment_is_not_in_the_changes(package, monkeypatch)
     monkeypatch.setenv("SOME_TOKEN", "hunter2hunter2")
     (package / "__init__.py").write_text("login('hunter2hunter2')\n")
     assert "login('***')" in code_state(package).changes
+
+
+def test_another_change_of_the_configs_is_another_file(package, tmp_path):
+    conf = package.parent / "conf"
+    conf.mkdir()
+    paths = set()
+    for value in (1, 2):
+        (conf / "a.yaml").write_text(f"x: {value}\n")
+        git(package, "add", "-N", str(conf))
+        paths.add(path := code_state(package).keep(tmp_path / "code"))
+        assert f"+x: {value}" in path.read_text()
+    assert len(paths) == 2
+
+
+def test_what_git_does_not_tell_is_unknown_and_not_unchanged(package, monkeypatch):
+    monkeypatch.setattr("pipeline.launch.code_state._changes", lambda top, name: None)
+    assert "changed" not in code_state(package).origin
+
+
+def test_an_editors_dangling_link_ends_no_start(package):
+    known = code_state(package).digest
+    (package / ".#a.py").symlink_to("me@host.1:2")
+    (package / "directory.py").mkdir()
+    assert code_state(package).digest == known
 
 
 def test_changes_without_measure_are_counted_and_not_kept(package):
@@ -80,7 +104,7 @@ def test_a_package_within_somebody_elses_repository_has_none_of_its_commits(pack
     inner.mkdir(parents=True)
     (inner / "__init__.py").write_text("")
     assert code_state(inner, {}).origin == {}
-    assert code_state(inner, {"PIPELINE_REVISION": "1a2b"}).origin == {"commit": "1a2b", "changed": False, "remote": ""}
+    assert code_state(inner, {"PIPELINE_REVISION": "1a2b"}).origin == {"commit": "1a2b", "remote": ""}
 
 
 def test_without_git_the_code_is_known_by_its_digest(package, monkeypatch):
@@ -101,6 +125,7 @@ def test_a_variable_that_points_git_elsewhere_does_not_count(package, monkeypatc
         ("https://token@host.example:8443/a?key=secret#x", "https://host.example:8443/a"),
         ("git@host.example:a/b.git", "git@host.example:a/b.git"),
         ("ssh://me@host.example/a", "ssh://host.example/a"),
+        ("https::https://token@host.example/x", ""), ("user:pass@host.example:a", ""), ("https://[bad/x", ""),
         ("/home/me/a", ""), ("../a", ""), ("file:///home/me/a", ""), ("", ""),
     ],
 )  # fmt: skip
