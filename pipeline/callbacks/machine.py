@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 _SECTOR = 512  # bytes of /proc/diskstats, whatever the disk's own are
-_PROC, _BLOCK = Path("/proc"), Path("/sys/block")
+_PROC, _BLOCK, _NET = Path("/proc"), Path("/sys/block"), Path("/sys/class/net")
 _NVML = "libnvidia-ml.so.1"
 
 # Names and units: metrics.py, docs/metrics.md.
@@ -32,12 +32,15 @@ Figures = dict[str, float]
 
 
 class Machine:
-    """Samples of this machine, or of the container's view of it. directory: on whose file system space may run out."""
+    """Samples of this machine; a container sees its host's cores and memory, whatever it may use of them.
+
+    directory: on whose file system space may run out.
+    """
 
     def __init__(self, directory: Path, nvml: str = _NVML):
         self.directory = directory
         self._gpus = Gpus(nvml)
-        self.names = (*FIGURES, *(f"gpu{number}_{name}" for number in range(self._gpus.count) for name in OF_A_GPU))
+        self.names = (*FIGURES, *(f"gpu{number}_{name}" for number in self._gpus.handles for name in OF_A_GPU))
         self._before = _counted()
 
     def sample(self) -> Figures:
@@ -50,7 +53,7 @@ class Machine:
         # A counter that fell was reset: nothing is known then.
         found |= {name: bytes_ / 1e6 / seconds for name, bytes_ in grown.items() if bytes_ >= 0}
         for look in (_load, _memory, self._free):
-            with suppress(OSError, ValueError, KeyError):
+            with suppress(OSError, ValueError, LookupError):
                 found |= look()
         return found | self._gpus.read()
 
@@ -85,9 +88,12 @@ def _disks() -> Figures:
 
 
 def _network() -> Figures:
-    """Bytes over all interfaces but the machine's own to itself. RDMA passes the kernel by, and these counters."""
+    """Bytes over network cards, where this machine shows any, since what lies over them (bonds, bridges) would count
+    them again; else over all interfaces but its own to itself. RDMA passes the kernel by, and these counters.
+    """
     lines = [line.partition(":") for line in (_PROC / "net/dev").read_text().splitlines()[2:]]
-    counters = [words.split() for name, _, words in lines if name.strip() != "lo"]
+    every = {name.strip(): words.split() for name, _, words in lines if name.strip() != "lo"}
+    counters = [words for name, words in every.items() if (_NET / name / "device").exists()] or list(every.values())
     came, went = (sum(float(words[column]) for words in counters) for column in (0, 8))
     return {"network_in_mb": came, "network_out_mb": went}
 
@@ -106,25 +112,20 @@ class Gpus:
     """All GPUs that NVIDIA's driver shows on this node; none where there is no driver. Asking starts no work there."""
 
     def __init__(self, library: str = _NVML):
-        self._handles: list[ctypes.c_void_p] = []
+        self.handles: dict[int, ctypes.c_void_p] = {}  # by number; one that is lost, or not ours, leaves its number out
         with suppress(OSError, AttributeError):  # no driver, or one without these functions
             self._nvml = ctypes.CDLL(library)
             count = ctypes.c_uint()
             if self._nvml.nvmlInit_v2() or self._nvml.nvmlDeviceGetCount_v2(ctypes.byref(count)):
                 return
-            handles = [ctypes.c_void_p() for _ in range(count.value)]
-            for number, handle in enumerate(handles):
-                if self._nvml.nvmlDeviceGetHandleByIndex_v2(ctypes.c_uint(number), ctypes.byref(handle)):
-                    return  # one that is lost would shift the numbers of the others
-            self._handles = handles
-
-    @property
-    def count(self) -> int:
-        return len(self._handles)
+            for number in range(count.value):
+                handle = ctypes.c_void_p()
+                if not self._nvml.nvmlDeviceGetHandleByIndex_v2(ctypes.c_uint(number), ctypes.byref(handle)):
+                    self.handles[number] = handle
 
     def read(self) -> Figures:
         """gpu<g>_use, share of time in which a kernel ran, and so on; what a GPU does not tell is left out."""
-        return {f"gpu{number}_{name}": value for number, handle in enumerate(self._handles)
+        return {f"gpu{number}_{name}": value for number, handle in self.handles.items()
                 for name, value in self._read(handle).items()}  # fmt: skip
 
     def _read(self, handle: ctypes.c_void_p) -> Figures:

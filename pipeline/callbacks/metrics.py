@@ -75,8 +75,8 @@ SYSTEM = (
     Metric("disk_read_mb", "1e6 bytes/s", TRAIN, "from all disks of the node"),
     Metric("disk_write_mb", "1e6 bytes/s", TRAIN, "to all disks of the node"),
     Metric("disk_free_gb", "1e9 bytes", TRAIN, "free where the run's directory is"),
-    Metric("network_in_mb", "1e6 bytes/s", TRAIN, "over all interfaces; RDMA is not counted"),
-    Metric("network_out_mb", "1e6 bytes/s", TRAIN, "over all interfaces; RDMA is not counted"),
+    Metric("network_in_mb", "1e6 bytes/s", TRAIN, "over all network cards; RDMA is not counted"),
+    Metric("network_out_mb", "1e6 bytes/s", TRAIN, "over all network cards; RDMA is not counted"),
 )
 OF_EACH_GPU = (  # of GPU <g> of a node, as NVIDIA's driver numbers them: gpu<g>_<name>
     Metric("use", "fraction", TRAIN, "of time in which a kernel ran"),

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import csv
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -16,16 +15,23 @@ _TAIL = 8192  # bytes, in which a line is sure to end and another to begin
 
 
 class Table:
-    """A node's file, gone on with: lines of earlier starts stay, since time is not undone as steps are."""
+    """A node's file, gone on with: lines of earlier starts stay, since time is not undone as steps are.
+
+    Raises OSError where the file is there and cannot be read: what it holds is not given up for that.
+    """
 
     def __init__(self, path: Path, names: Sequence[str]):
-        self.path, self.columns, self._host = path, ("at", "host", *names), socket.gethostname()
+        self.path, self._host = path, socket.gethostname()
         path.parent.mkdir(parents=True, exist_ok=True)
+        text = path.read_text(errors="replace") if path.exists() else ""
+        before = next(_split(text.splitlines()[:1]), [])
+        wanted = ("at", "host", *names)
+        self.columns = (*wanted, *(name for name in before if name not in wanted))  # GPUs come, and go, and were there
         temporary = path.with_name(f".{path.name}.tmp")
-        with temporary.open("w", newline="") as file:
-            writer = csv.DictWriter(file, self.columns, restval="", extrasaction="ignore")  # GPUs may come and go
-            writer.writeheader()
-            writer.writerows(whole_lines(path))
+        with temporary.open("w") as file:
+            file.write(",".join(self.columns) + "\n")
+            for line in _whole(text):
+                file.write(",".join(line.get(name, "") for name in self.columns) + "\n")
         temporary.replace(path)
 
     def append(self, sample: Figures) -> None:
@@ -40,9 +46,20 @@ def whole_lines(path: Path) -> list[dict[str, str]]:
         text = path.read_text(errors="replace")
     except OSError:
         return []
-    lines = text[: text.rfind("\n") + 1].splitlines()
-    return [line for line in csv.DictReader(lines) if None not in line and None not in line.values()
-            and _number(line.get("at")) is not None]  # fmt: skip
+    return list(_whole(text))
+
+
+def _whole(text: str) -> Iterator[dict[str, str]]:
+    columns, *lines = [*_split(text[: text.rfind("\n") + 1].splitlines())] or [[]]
+    for line in lines:
+        sample = dict(zip(columns, line, strict=False))
+        if len(line) == len(columns) and _number(sample.get("at")) is not None:
+            yield sample
+
+
+def _split(lines: Sequence[str]) -> Iterator[list[str]]:
+    """Values have neither commas nor quotes; one damaged byte must not make a word of all that follows."""
+    return (line.split(",") for line in lines)
 
 
 class Nodes:
@@ -56,7 +73,7 @@ class Nodes:
         """The newest sample of each node that has one since the last call, by its names in W&B."""
         found: Figures = {}
         for path in sorted(self.directory.glob("node-*.csv")):
-            with suppress(OSError, ValueError, LookupError, StopIteration, csv.Error):
+            with suppress(OSError, ValueError, LookupError, StopIteration):
                 columns, line = _ends(path)
                 sample = dict(zip(columns, line, strict=True))
                 if self._told.get(path.name) != sample["at"]:
@@ -66,7 +83,7 @@ class Nodes:
 
 
 def _ends(path: Path) -> tuple[list[str], list[str]]:
-    """The header and the newest whole line, without what is between: a file of a month has 15 MB."""
+    """The header and the newest whole line, without what is between: a file of a month has 15 to 41 MB."""
     with path.open("rb") as file:
         columns = file.readline().decode()
         begin = file.tell()
@@ -74,7 +91,7 @@ def _ends(path: Path) -> tuple[list[str], list[str]]:
         file.seek(max(begin, end - _TAIL))
         tail = file.read().decode(errors="replace")
     whole = tail[: tail.rfind("\n") + 1].splitlines()
-    return next(csv.reader([columns])), next(csv.reader(whole[-1:]))
+    return next(_split([columns.rstrip("\n")])), next(_split(whole[-1:]))
 
 
 def wandb_name(name: str, node: str) -> str:

@@ -14,7 +14,7 @@ class StepTable:
 
     def begin(self, step: int) -> None:
         """Go on after step: lines of later ones are cut, and so is one that a crash cut short."""
-        lines = self.path.read_text().splitlines(keepends=True)[1:] if self.path.exists() else []
+        lines = self.path.read_text(errors="replace").splitlines(keepends=True)[1:] if self.path.exists() else []
         temporary = self.path.with_name(f".{self.path.name}.tmp")
         with temporary.open("w") as file:
             file.write(",".join(self.columns) + "\n")

@@ -20,6 +20,7 @@ from pipeline.callbacks.step_table import StepTable
 Values = NDArray[np.float64]
 FILE, COLUMNS = "ranks.csv", ("step", "rank", "node", "host", "own_s", "data_s")
 WINDOW, MOST = 20, 18  # looks that are judged together; in so many of them a rank must be above by NOTABLE
+MOST_TIMES = 10.0  # the median's own time that a look may show of a rank
 NOTABLE, SLOW = 0.05, 0.10  # in each of those looks; in the middle one
 # And in the middle one by so many times how far the looks of one rank lie from their own middle (the median of that):
 # 5 standard errors of a median of 20. Of 3,000 windows of 32 ranks whose looks double now and then, each by its own
@@ -62,7 +63,9 @@ class Slowest:
 def excess(own_TR: Values, data_TR: Values) -> Excess:
     """Of times a step, of two ranks or more."""
     middle_T1 = np.median(own_TR + data_TR, axis=1, keepdims=True)
-    return Excess(own_TR / np.maximum(of_the_others(own_TR), 1e-9) - 1,
+    # Waits of one step stand for those of all on a GPU: they may exceed a fast rank's time, and leave nothing of it.
+    least_T1 = np.maximum(own_TR.max(axis=1, keepdims=True) / MOST_TIMES, 1e-9)
+    return Excess(own_TR / np.maximum(of_the_others(own_TR), least_T1) - 1,
                   (data_TR - of_the_others(data_TR)) / np.maximum(middle_T1, 1e-9))  # fmt: skip
 
 

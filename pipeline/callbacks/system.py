@@ -83,7 +83,7 @@ class System(lightning.Callback):
         seconds = min(FIRST_SECONDS, self.every_seconds)
         while not ended.wait(seconds):
             seconds = self.every_seconds
-            with suppress(OSError):
+            with suppress(Exception):  # whatever it is: a watcher ends no training, and tries again
                 table = table or Table(self.run / DIRECTORY / f"node-{self.node}.csv", machine.names)
                 table.append(machine.sample())
             if self.tell is not None:

@@ -314,13 +314,19 @@ def _logged(row: Values) -> Values:
 
 def last_position_on_server(place: WandbPlace, *, seconds: float) -> int:
     """How far the history on the server reaches, -1 for nothing. Raises ServerError."""
-    variables = {"project": place.project, "entity": place.entity, "name": place.id}
+    variables = {"project": place.project, "entity": place.entity or own_entity(), "name": place.id}
     bucket = (asked("RunResumeStatus", _QUERY, variables, seconds=seconds).get("model") or {}).get("bucket") or {}
     try:
         tail = json.loads(bucket.get("historyTail") or "[]")
         return int(json.loads(tail[-1])["_step"]) if tail else -1
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ServerError(f"{server()} does not answer as a W&B server does") from None
+
+
+def own_entity() -> str | None:
+    """That of runs which name none, where WANDB_ENTITY or W&B's settings say so; else it is that of the key."""
+    quiet()
+    return wandb.setup().settings.entity or None
 
 
 def server() -> str:

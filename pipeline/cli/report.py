@@ -77,10 +77,13 @@ def _report_in_wandb(options: argparse.Namespace) -> int:
         content = {"place": asdict(place), "workspace": asdict(WORKSPACE), "report": asdict(comparison)}
         print(json.dumps(content, indent=2, ensure_ascii=False))
         return DONE
-    return _publish(place, comparison, runs)
+    there = f" tracking.project={place.project}" if options.project else ""
+    there += f" tracking.entity={place.entity}" if options.project and place.entity else ""
+    return _publish(place, comparison, runs, there)
 
 
-def _publish(place: Place, comparison: Comparison, runs: Sequence[Run]) -> int:
+def _publish(place: Place, comparison: Comparison, runs: Sequence[Run], there: str) -> int:
+    """there: what `pipeline sync` is to be told of the place, where the runs' configs do not name it."""
     from pipeline.dashboards.place import DashboardError
 
     try:
@@ -93,5 +96,6 @@ def _publish(place: Place, comparison: Comparison, runs: Sequence[Run]) -> int:
     for saved in publish(place, comparison):
         print(f"{saved.what} {'made' if saved.is_new else 'renewed'}: {saved.address}")
     for run in unsent(place, runs):
-        print(f"W&B has no row of {run.name} yet; send them with: pipeline sync {run.directory}", file=sys.stderr)
+        way_out = f"pipeline sync {run.directory}{there}"
+        print(f"W&B has no row of {run.name} yet; send them with: {way_out}", file=sys.stderr)
     return DONE

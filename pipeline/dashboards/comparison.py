@@ -24,8 +24,9 @@ class RunSet:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """scores, differences: text in Markdown, above and below the panels."""
+    """key: of which sets it is, in whatever order. scores, differences: Markdown, above and below the panels."""
 
+    key: str
     title: str
     description: str
     scores: str
@@ -45,6 +46,7 @@ def compare(runs: Sequence[Run], targets: Sequence[float]) -> Comparison:
         sets.setdefault(_named(run, "recipe"), []).append(run.wandb_id)
     data = list(dict.fromkeys(_named(run, "data") for run in runs))
     return Comparison(
+        key=f"{', '.join(sorted(sets))} on {', '.join(sorted(data))}",
         title=_short(f"{', '.join(sets)} on {', '.join(data)}"),
         description="Recipes side by side, made by `pipeline report --wandb`; the next call writes it anew.",
         scores=f"## Steps to target\n{_scores(runs, targets)}",

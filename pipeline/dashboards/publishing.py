@@ -16,6 +16,7 @@ from pipeline.callbacks.wandb_reporter import (
     app_address,
     asked,
     last_position_on_server,
+    own_entity,
     understood,
 )
 from pipeline.dashboards.comparison import Comparison
@@ -54,7 +55,7 @@ class Saved:
 def publish(place: Place, comparison: Comparison, *, seconds: float = ANSWER_SECONDS) -> list[Saved]:
     """Make or renew the workspace and the report of a project. seconds: for one answer. Raises DashboardError."""
     try:
-        entity = place.entity or _entity(seconds)
+        entity = place.entity or own_entity() or _entity(seconds)
         project = _Project(entity, place.project, seconds)
         return [project.workspace(), project.report(comparison)]
     except ServerError as error:
@@ -88,7 +89,7 @@ class _Project:
         return Saved("workspace", f"{self._address()}?nw={short}", is_new)
 
     def report(self, comparison: Comparison) -> Saved:
-        name = stable_id(self.entity, self.project, "report", comparison.title)
+        name = stable_id(self.entity, self.project, "report", comparison.key)
         id_, project_id = self._find("runs", name)
         spec = comparison_json(comparison, self.entity, self.project, project_id)
         saved, is_new = self._save(id_, "runs", name, comparison.title, comparison.description, spec)

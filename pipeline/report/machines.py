@@ -72,7 +72,7 @@ def _strips(ranks: Ranks) -> list[Figure]:
 
 
 def _cells(ranks: Ranks, key: str) -> tuple[list[str], list[list[tuple[float, float, float]]]]:
-    """Rows by name, and their cells: of ranks that share a row the one that is furthest above, of looks the mean."""
+    """Rows by name, and their cells: of ranks that share a row the one that is furthest above, of looks the middle."""
     share = math.ceil(ranks.count / _ROWS)
     firsts = range(0, ranks.count, share)
     names = [f"rank {i}" if share == 1 else f"{i} to {min(i + share, ranks.count) - 1}" for i in firsts]
@@ -84,10 +84,10 @@ def _cells(ranks: Ranks, key: str) -> tuple[list[str], list[list[tuple[float, fl
         parts = np.array_split(np.arange(len(stretch.steps)), max(round(_CELLS * len(stretch.steps) / looks), 1))
         for part in (each for each in parts if len(each)):
             until = float(stretch.steps[part[-1]])
-            mean_R = values_TR[part].mean(axis=0)
+            middle_R = np.median(values_TR[part], axis=0)
             for row, first in enumerate(firsts):
-                if first < len(mean_R):
-                    cells[row].append((before, until, float(mean_R[first : first + share].max())))
+                if first < len(middle_R):
+                    cells[row].append((before, until, float(middle_R[first : first + share].max())))
             before = until
     return names, cells
 

@@ -59,8 +59,9 @@ def _named(stretch: Stretch, train: dict[str, Values], column: str) -> list[tupl
     found = []
     for rank in range(len(stretch.seats)):
         looks = np.flatnonzero(same_T & (rows_T == rank))
-        if len(looks):
-            found.append((rank, max(int(looks[0]) + 1 - WINDOW, 0), int(looks[-1])))
+        for part in np.split(looks, np.flatnonzero(np.diff(looks) > WINDOW) + 1):  # each time that it was slow
+            if len(part):
+                found.append((rank, max(int(part[0]) + 1 - WINDOW, 0), int(part[-1])))
     return found
 
 

@@ -66,8 +66,36 @@ def test_a_machine_with_other_gpus_goes_on_in_the_same_file(tmp_path):
     path = tmp_path / "system" / "node-0.csv"
     Table(path, ("cpu", "gpu0_use")).append({"cpu": 0.75, "gpu0_use": 0.9})
     first, second = whole_lines(path)
-    assert first == {"at": "100.0", "host": "a", "cpu": "0.5", "gpu0_use": ""}
+    assert first == {"at": "100.0", "host": "a", "cpu": "0.5", "gpu0_use": "", "load": "1"}
     assert (second["cpu"], second["gpu0_use"]) == ("0.75", "0.9")
+
+
+def test_what_a_gpu_did_stays_when_it_is_there_no_more(tmp_path):
+    path = tmp_path / "node-0.csv"
+    path.write_text("at,host,cpu,gpu0_use\n1.0,a,0.5,0.9\n")
+    Table(path, ("cpu",)).append({"cpu": 0.75})
+    assert [(line["cpu"], line["gpu0_use"]) for line in whole_lines(path)] == [("0.5", "0.9"), ("0.75", "")]
+
+
+def test_a_quote_is_a_damaged_value_and_not_the_end_of_all_that_follows(tmp_path):
+    path = tmp_path / "node-0.csv"
+    path.write_text('at,host,cpu\n1.0,"a,0.5\n' + "2.0,a,0.5\n" * 20_000)
+    Table(path, ("cpu",))
+    assert len(whole_lines(path)) == 20_001
+
+
+def test_a_file_that_cannot_be_read_now_is_not_begun_anew(tmp_path, monkeypatch):
+    path = tmp_path / "node-0.csv"
+    path.write_text("at,host,cpu\n1.0,a,0.5\n")
+
+    def stale(*_: object, **__: object) -> str:
+        raise OSError(116, "Stale file handle")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(type(path), "read_text", stale)
+        with pytest.raises(OSError, match="Stale"):
+            Table(path, ("cpu",))
+    assert len(whole_lines(path)) == 1
 
 
 def test_the_newest_sample_of_each_node_is_news_once(tmp_path):

@@ -28,6 +28,12 @@ def test_runs_of_a_recipe_are_one_run_set(tmp_path):
     assert found.title == "bn_baseline, bn_x5 on digits"
 
 
+def test_the_order_in_which_runs_are_named_makes_no_other_comparison(tmp_path):
+    runs = made(tmp_path, **RUNS)
+    assert compare(runs, [0.8]).key == compare(runs[::-1], [0.8]).key
+    assert compare(runs, [0.8]).key != compare(runs[1:], [0.8]).key
+
+
 def test_steps_to_target_are_compared_with_those_of_the_first_run(tmp_path):
     lines = compare(made(tmp_path, **RUNS), [0.8]).scores.splitlines()
     assert lines[1] == "| run | recipe | state | steps | steps to 80 % | time | × fewer steps | best top-1 |"

@@ -100,6 +100,14 @@ def test_who_becomes_slow_is_named_from_the_looks_that_named_it(tmp_path):
     assert said.startswith("rank 1 (node 0, a0) took 1.50 times the median's own time in steps, from step 490 to 680")
 
 
+def test_a_rank_that_was_slow_twice_is_named_twice_and_not_in_between(tmp_path):
+    fast, slow = [0.1, 0.1], [0.1, 0.13]
+    run = with_ranks(tmp_path / "a", (30, slow, "a"), (200, fast, "a"), (30, slow, "a"))
+    first, second = sentences(run)
+    assert "took 1.30 times the median's own time in steps, from step 10 to " in first
+    assert "took 1.30 times the median's own time in steps, from step 2," in second
+
+
 def test_many_ranks_share_rows_and_many_nodes_are_a_range(tmp_path):
     run = with_nodes(with_ranks(tmp_path / "a", (300, [0.1] * 99 + [0.15], "a")), 12)
     strip = chart(run, "ranks-own")
