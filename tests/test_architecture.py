@@ -28,7 +28,7 @@ WALLS = {
     "lightning": ("run/", "data/datamodule", "training/classifier", "training/checkpoint", "training/checkpoint_io",
                   "launch/environment",
                   "callbacks/", "benchmarks/"),
-    "wandb": ("callbacks/artifacts", "callbacks/wandb_reporter", "callbacks/segments"),
+    "wandb": ("callbacks/artifacts", "callbacks/wandb_server", "callbacks/wandb_reporter", "callbacks/segments"),
     "wandb_workspaces": ("dashboards/views",),
     "webdataset": ("data/", "benchmarks/"),  # as a peer
     "obstore": ("data/remote",),

@@ -19,6 +19,7 @@ from typing import Any
 import wandb
 
 from pipeline.callbacks.journal import Row, read_journal
+from pipeline.callbacks.wandb_server import quiet
 from pipeline.launch.code_state import CODE
 from pipeline.launch.plan import numbered_checkpoints, read_record
 
@@ -110,9 +111,10 @@ class Artifacts:
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
 
-    def missing(self) -> list[Kept]:
+    def missing(self, *, inputs_alone: bool = False) -> list[Kept]:
         """What W&B has not confirmed yet."""
-        return [each for each in kept(self.directory, self.wandb_id, self.data) if not self._has(each)]
+        found = kept(self.directory, self.wandb_id, self.data)
+        return [each for each in found if (each.is_input or not inputs_alone) and not self._has(each)]
 
     def begin(self, run: Any) -> None:
         """Name the run's inputs, while it goes on. run: of W&B's client, online."""
@@ -139,17 +141,24 @@ class Artifacts:
         return self._thread
 
     def _send(self, run: Any, inputs_alone: bool, in_haste: bool) -> None:
-        missing = [each for each in self.missing() if each.is_input or not inputs_alone]
+        try:
+            missing = self.missing(inputs_alone=inputs_alone)
+        except Exception as error:  # a directory that is no run's any more
+            self._error = error
+            return
         for each in reversed(missing) if in_haste else missing:
             try:
-                identity, artifact = self._identity(each), self._made(each)
-                if each.is_input:
-                    run.use_artifact(artifact, aliases=list(each.aliases))
-                else:
-                    run.log_artifact(artifact, aliases=list(each.aliases)).wait()
-                self._confirm(each, identity)
+                self._send_one(run, each)
             except Exception as error:  # W&B's client has many; what is not confirmed is sent again
                 self._error = self._error or error
+
+    def _send_one(self, run: Any, each: Kept) -> None:
+        identity, artifact = self._identity(each), self._made(each)
+        if each.is_input:
+            run.use_artifact(artifact, aliases=list(each.aliases))
+        else:
+            run.log_artifact(artifact, aliases=list(each.aliases)).wait()
+        self._confirm(each, identity)
 
     def _made(self, each: Kept) -> wandb.Artifact:
         quiet()
@@ -171,15 +180,18 @@ class Artifacts:
 
     def _has(self, each: Kept) -> bool:
         """Whether W&B has confirmed this file: as wanted, or as a file, which says more than where one lies."""
-        wanted, known = self._identity(each), self._known().get(each.key, {})
-        same = all(known.get(name) == wanted[name] for name in ("content", "to"))
-        return same and (known["how"] == FILES or (self.how != FILES and known["from"] == wanted["from"]))
+        wanted, known = self._identity(each), self._known().get(each.key)
+        if not isinstance(known, dict) or any(known.get(name) != wanted[name] for name in ("content", "to")):
+            return False
+        return known.get("how") == FILES or (self.how != FILES and known.get("from") == wanted["from"])
 
-    def _known(self) -> dict[str, dict[str, str]]:
+    def _known(self) -> dict[str, Any]:
+        """What was confirmed. A damaged file says nothing, and all is sent again, which W&B finds that it has."""
         try:
-            return dict(json.loads(self._confirmed.read_text()))
+            known = json.loads(self._confirmed.read_text())
         except (OSError, ValueError):
             return {}
+        return known if isinstance(known, dict) else {}
 
     def _confirm(self, each: Kept, identity: dict[str, str]) -> None:
         self._confirmed.parent.mkdir(exist_ok=True)
@@ -191,10 +203,3 @@ class Artifacts:
 def artifacts(directory: Path, wandb_id: str, data: str, how: str, where: str = "") -> Artifacts | None:
     """Those of a run, unless W&B is to have none."""
     return None if how == NONE else Artifacts(directory, wandb_id, data, how, where)
-
-
-def quiet() -> None:
-    """Before anything is asked of W&B's client: once it is there it takes no more notice of these, and says so."""
-    os.environ.setdefault("WANDB_SILENT", "true")
-    # Telemetry of W&B's client: towards a server that accepts and never answers it held a process for 22 s at its end.
-    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")

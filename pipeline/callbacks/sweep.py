@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 from pipeline.callbacks.journal import Row
-from pipeline.callbacks.wandb_reporter import ServerError, asked, understood
+from pipeline.callbacks.wandb_server import ServerError, asked, understood
 
 ASK_EVERY = 5.0  # seconds, as wandb's own agent
 BEAT_EVERY, BEAT_SECONDS = 30.0, 10.0  # between two signs of life of a run, and for the answer to one

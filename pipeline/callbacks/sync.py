@@ -19,7 +19,8 @@ from pathlib import Path
 from pipeline.callbacks.artifacts import FILES, Artifacts, Kept
 from pipeline.callbacks.journal import read_journal
 from pipeline.callbacks.segments import Segment, Values, position_of, segments, values
-from pipeline.callbacks.wandb_reporter import ServerError, WandbPlace, last_position_on_server, reason, send
+from pipeline.callbacks.wandb_reporter import send
+from pipeline.callbacks.wandb_server import ServerError, WandbPlace, last_position_on_server, reason
 
 _ANSWER_SECONDS, _SEEN_SECONDS = 20.0, 10.0  # for one question; until what was sent can be seen
 _ORPHAN_SECONDS = 3.0  # W&B's own process, of another session, looks every 2 s whether the one that began it lives

@@ -24,7 +24,7 @@ def in_sweep(config: Config, text: str) -> tuple[Config, str]:
     Raises ConfigError.
     """
     from pipeline.callbacks.sweep import Sweep, SweepError, parameters_of
-    from pipeline.callbacks.wandb_reporter import ServerError, wandb_mode
+    from pipeline.callbacks.wandb_server import ServerError, wandb_mode
     from pipeline.config import ConfigError, completed
     from pipeline.launch.sweep import check_names
 
@@ -52,7 +52,7 @@ def draw(directory: Path) -> int:
     Raises ConfigError where there is no key to ask with.
     """
     from pipeline.callbacks import sweep
-    from pipeline.callbacks.wandb_reporter import ServerError, wandb_mode
+    from pipeline.callbacks.wandb_server import ServerError, wandb_mode
     from pipeline.config import ConfigError
     from pipeline.launch.lock import locked
     from pipeline.launch.plan import CONFIG, read_record
@@ -106,7 +106,8 @@ def _check_batch(config: Config) -> None:
 
 def _tell_of_failure(config: Config) -> None:
     """W&B's run of these parameters has failed, so that the sweep does not wait for it."""
-    from pipeline.callbacks.wandb_reporter import ServerError, send
+    from pipeline.callbacks.wandb_reporter import send
+    from pipeline.callbacks.wandb_server import ServerError
     from pipeline.launch.plan import read_record
 
     try:

@@ -12,7 +12,7 @@ from pipeline.cli.options import add_verb, seconds
 from pipeline.cli.runs import of_run
 
 if TYPE_CHECKING:
-    from pipeline.callbacks.wandb_reporter import WandbPlace
+    from pipeline.callbacks.wandb_server import WandbPlace
     from pipeline.config import Config
     from pipeline.launch.plan import RunRecord
 
@@ -79,7 +79,7 @@ def _sync_one(directory: Path, overrides: list[str], options: argparse.Namespace
 
 def place_of(config: Config, record: RunRecord) -> WandbPlace:
     """Where a run belongs in W&B."""
-    from pipeline.callbacks.wandb_reporter import WandbPlace
+    from pipeline.callbacks.wandb_server import WandbPlace
 
     return WandbPlace(
         id=record.wandb_id, name=config.run.id, project=config.tracking.project, entity=config.tracking.entity,

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from urllib.parse import quote
 
-from pipeline.callbacks.wandb_reporter import (
+from pipeline.callbacks.wandb_server import (
     ServerError,
     WandbPlace,
     app_address,

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from pipeline.callbacks.wandb_reporter import WandbPlace, last_position_on_server, wandb_mode
+from pipeline.callbacks.wandb_server import WandbPlace, last_position_on_server, wandb_mode
 from pipeline.config import Config, ConfigError, completed, differences, identity, read_config
 from pipeline.data.augment import Preparation
 from pipeline.data.dataset import Dataset, Location

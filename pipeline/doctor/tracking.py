@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from pipeline.callbacks.wandb_reporter import ServerError
+from pipeline.callbacks.wandb_server import ServerError
 from pipeline.doctor.findings import Finding, fault, of_message, ok, warning
 from pipeline.launch.patience import within
 

@@ -36,7 +36,8 @@ from pipeline.callbacks.sweep import Agent
 from pipeline.callbacks.system import System
 from pipeline.callbacks.throughput import Throughput
 from pipeline.callbacks.tracking import Circumstance, Reporter, Tracking
-from pipeline.callbacks.wandb_reporter import TrackingError, WandbPlace, WandbReporter
+from pipeline.callbacks.wandb_reporter import TrackingError, WandbReporter
+from pipeline.callbacks.wandb_server import WandbPlace
 from pipeline.callbacks.watchdog import Watchdog
 from pipeline.config import Config, ConfigError
 from pipeline.launch.failure import AGAIN, FailedRunError

@@ -256,6 +256,33 @@ def test_a_sync_that_cannot_send_artifacts_says_so_and_goes_on_from_there(server
     assert line.startswith("artifacts: ")
 
 
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", '{"checkpoint-abc123:last": "old"}', '{"checkpoint-abc123:last": {}}']
+)
+def test_a_damaged_note_of_what_was_sent_means_that_all_is_sent_again(run, content):
+    (run / "wandb").mkdir()
+    (run / "wandb" / "artifacts.json").write_text(content)
+    assert len(Artifacts(run, PLACE.id, "digits", "digests").missing()) == 3
+
+
+def test_inputs_are_named_without_a_look_at_checkpoints_which_come_and_go_meanwhile(run, monkeypatch):
+    def gone(self: Artifacts, each: object) -> dict[str, str]:
+        assert each.kind == "dataset"
+        return {}
+
+    monkeypatch.setattr(Artifacts, "_identity", gone)
+    monkeypatch.setattr(Artifacts, "_has", lambda self, each: self._identity(each) is None)
+    (each,) = Artifacts(run, PLACE.id, "digits", "digests").missing(inputs_alone=True)
+    assert each.is_input
+
+
+def test_a_directory_that_is_no_run_any_more_is_a_complaint_and_no_traceback(server, run, capfd):
+    (run / "run.json").write_text("{")
+    said = start(run)
+    assert said[0].startswith("W&B has not confirmed every checkpoint (")
+    assert "Traceback" not in capfd.readouterr().err
+
+
 def test_nobody_waits_for_the_inputs_of_a_run(server, run):
     server.fault["CreateArtifact"] = 30.0
     began = time.monotonic()

@@ -11,14 +11,8 @@ import wandb
 from pipeline.callbacks import wandb_reporter
 from pipeline.callbacks.journal import Journal, Row
 from pipeline.callbacks.segments import position_of, segments
-from pipeline.callbacks.wandb_reporter import (
-    ServerError,
-    TrackingError,
-    WandbPlace,
-    WandbReporter,
-    last_position_on_server,
-    wandb_mode,
-)
+from pipeline.callbacks.wandb_reporter import TrackingError, WandbReporter
+from pipeline.callbacks.wandb_server import ServerError, WandbPlace, last_position_on_server, wandb_mode
 from tests.callbacks.test_segments import records
 from tests.callbacks.wandb_server import KEY, WandbServer
 

@@ -2,18 +2,10 @@
 
 import pytest
 
-from tests.callbacks.wandb_server import WandbServer
+from tests.callbacks.test_wandb_reporter import server
 from tests.multiprocess.test_failures import WATCHED, train
 
-__all__ = ["train"]
-
-
-@pytest.fixture
-def server(monkeypatch):
-    with WandbServer() as server:
-        for name, value in server.environment.items():
-            monkeypatch.setenv(name, value)
-        yield server
+__all__ = ["server", "train"]
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from pipeline.callbacks.preemption import InterruptedRunError
 from pipeline.callbacks.segments import position, position_of, segments, values
 from pipeline.callbacks.sync import synchronize
 from pipeline.callbacks.tracking import Tracking
-from pipeline.callbacks.wandb_reporter import WandbPlace
+from pipeline.callbacks.wandb_server import WandbPlace
 from pipeline.config import Config, read_config
 from pipeline.launch.code_state import code_state
 from pipeline.launch.plan import read_record
@@ -101,6 +101,7 @@ def test_offline_segments_of_an_interrupted_run_are_its_journal(shards, tmp_path
     assert on_disk(opened()) == rows
     with WandbServer() as server:
         os.environ.update(server.environment)
+        wandb.teardown()  # a test before this one may have asked another server, which W&B's client keeps to
         try:
             assert synchronize(tmp_path / "broken", place(opened()), seconds=60) == len(rows)
         finally:
