@@ -40,6 +40,7 @@ requirements: $(VENV)/.dev    ## compile the pinned, hash-checked requirement fi
 	$(COMPILE) -o requirements/runtime.txt
 	$(COMPILE) --extra dev -o requirements/dev.txt
 	$(COMPILE) --extra peers -o requirements/peers.txt
+	$(COMPILE) --extra onnx -o requirements/onnx.txt
 	$(COMPILE:pyproject.toml=) --group audit -o requirements/audit.txt
 
 clean:           ## remove the environment and caches; runs/ and shards/ stay
