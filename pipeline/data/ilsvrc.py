@@ -27,15 +27,17 @@ TRAIN_IMAGES = 1_281_167  # of the 1,000 classes
 
 
 def published_tars(root: Path) -> Source:
-    """The images at root, in ILSVRC_TRAIN and, where it is there, ILSVRC_VAL. Raises DataError."""
+    """The images at root, in ILSVRC_TRAIN and ILSVRC_VAL, as far as they are there. Raises DataError."""
     classes, wnid_of = _devkit_classes(root)
     label_of = {c.id: label for label, c in enumerate(classes)}
     train_tar, val_tar = root / ILSVRC_TRAIN, root / ILSVRC_VAL
-    train = [
-        Sample(f"train/{wnid}/{name}", label_of[wnid], str(train_tar), offset, length)
-        for wnid, name, offset, length in _nested_members(train_tar, label_of)
-    ]
-    splits = {"train": sorted(train, key=lambda s: s.name)}
+    splits: dict[str, list[Sample]] = {}
+    if train_tar.exists():
+        train = [
+            Sample(f"train/{wnid}/{name}", label_of[wnid], str(train_tar), offset, length)
+            for wnid, name, offset, length in _nested_members(train_tar, label_of)
+        ]
+        splits["train"] = sorted(train, key=lambda s: s.name)
     if val_tar.exists():
         truth = _devkit_member(root, "ILSVRC2012_validation_ground_truth.txt").decode().split()
         with val_tar.open("rb") as file:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
-from pipeline.data.ilsvrc import ILSVRC_TRAIN, kaggle_root, kaggle_tree, published_tars
+from pipeline.data.ilsvrc import ILSVRC_TRAIN, ILSVRC_VAL, kaggle_root, kaggle_tree, published_tars
 from pipeline.data.keyed_random import permutation
 from pipeline.data.parquet import parquet_files, parquet_source
 from pipeline.data.shards import ClassName, DataError
@@ -47,7 +47,7 @@ def open_source(location: str, holdout: float = 0.0) -> Source:
 
 def _opened(path: Path) -> Source:
     if path.is_dir():
-        if (path / ILSVRC_TRAIN).exists():
+        if (path / ILSVRC_TRAIN).exists() or (path / ILSVRC_VAL).exists():
             return published_tars(path)
         if (kaggle := kaggle_root(path)) is not None:
             return kaggle_tree(kaggle)

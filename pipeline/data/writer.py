@@ -67,12 +67,14 @@ def write_shards(
     holdout: float = 0.0,
     shorter_side: int | None = None,
     quality: int | None = None,
+    only: tuple[str, ...] = (),
     progress: Progress = lambda done, total: None,
     say: Callable[[str], None] = print,
 ) -> Manifest:
     """Pack the source at `location` (see sources.open_source) into root; goes on where an earlier call stopped.
 
-    shorter_side, quality: re-encode larger images (see encode.py); None = every image keeps its bytes.
+    shorter_side, quality: re-encode larger images (see encode.py); None = every image keeps its bytes. only: splits
+    to be packed; none = all.
     Raises DataError for a source that cannot be packed, or a root that holds another data set.
     """
     if samples_per_shard < 1:
@@ -87,6 +89,8 @@ def write_shards(
     source = _digits_source(root) if location == DIGITS else open_source(location, holdout)
     for remark in source.remarks:
         say(remark)
+    if only:
+        source = replace(source, splits={name: samples for name, samples in source.splits.items() if name in only})
     try:
         jobs = list(_jobs(source, root, samples_per_shard, seed, wanted))
         plan = hashlib.sha256("".join(job.plan for job in jobs).encode()).hexdigest()
