@@ -1,4 +1,4 @@
-"""One self-contained page of HTML about one run or several: no request leaves it, whatever it shows."""
+"""One page about one run or several."""
 
 from __future__ import annotations
 
@@ -6,21 +6,17 @@ import math
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from html import escape
-from importlib.resources import files
 
 import numpy as np
 
 from pipeline.report import accounting
-from pipeline.report.chart import Chart, Figure, drawn, percent
+from pipeline.report.chart import Figure
+from pipeline.report.document import charts, document
 from pipeline.report.figures import COLOURS, ENDINGS
 from pipeline.report.ledger import Epoch
-from pipeline.report.markup import Cell, Html, cards, key, table, tag, text
+from pipeline.report.markup import Cell, Html, cards, key, table, tag
 from pipeline.report.record import Run
-from pipeline.report.svg import svg
 from pipeline.report.words import APART, NEVER, differing, duration, fraction, value_of, written
-
-# The page may draw itself, and do nothing else: a browser refuses every request.
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
 
 
 def page(
@@ -47,27 +43,15 @@ def page(
         tag("h2", "Steps to target"),
         _targets(runs, targets),
     ]
-    for title, charts in sections:
-        if charts:
-            body += [tag("h2", title), *([_legend(runs)] if len(runs) > 1 else []), _charts(charts)]
+    for title, figures in sections:
+        if figures:
+            body += [tag("h2", title), *([_legend(runs)] if len(runs) > 1 else []), charts(figures)]
     body += [_layers(runs)]
     body += [tag("h2", "Starts"), _starts(runs), tag("h2", "Machines"), _machines(runs)]
     if ledgers:
         body += [tag("h2", "Samples"), _ledgers(runs, ledgers)]
     body += [tag("h2", "Config"), _config(runs)]
-    body += [Html(f"<footer>Made by <code>{escape(command)}</code></footer>")]
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(names)}</title><style>{_resource('page.css')}</style></head>\n<body><main>\n"
-        + "\n".join(text(part) for part in body)
-        + f"\n</main><script>{_resource('page.js')}</script></body></html>\n"
-    )
-
-
-def _resource(name: str) -> str:
-    return (files("pipeline.report") / name).read_text()
+    return document(names, body, command)
 
 
 def _of(runs: Sequence[Run], run: Run) -> str:
@@ -86,27 +70,6 @@ def _legend(runs: Sequence[Run]) -> Html:
 def _named(number: int, name: str) -> Html:
     """The number-th run by its colour and name."""
     return Html(f'<span class="run">{key(number % COLOURS).text}{escape(name)}</span>')
-
-
-def _charts(charts: Sequence[Figure]) -> Html:
-    return Html(f'<div class="charts">{"".join(_figure(chart) for chart in charts)}</div>')
-
-
-def _figure(chart: Figure) -> str:
-    note = f"<small>{escape(chart.note)}</small>" if chart.note else ""
-    is_percent = isinstance(chart, Chart) and chart.number is percent
-    return (
-        f'<figure data-x="{escape(chart.x_label)}"{" data-percent=1" if is_percent else ""}>'
-        f"<figcaption>{escape(chart.title)}</figcaption>{_own_legend(chart)}"
-        f"{svg(drawn(chart), chart.title)}{note}</figure>"
-    )
-
-
-def _own_legend(chart: Figure) -> str:
-    if not isinstance(chart, Chart) or not chart.legend:
-        return ""
-    items = "".join(f"<span>{key(line.colour).text}{escape(line.name)}</span>" for line in chart.lines)
-    return f'<div class="legend">{items}</div>'
 
 
 def _overview(runs: Sequence[Run]) -> Html:
