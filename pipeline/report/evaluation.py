@@ -210,7 +210,7 @@ def _picture(image: bytes | None) -> str:
     if image is None:
         return ""
     kind = "png" if image.startswith(b"\x89PNG") else "jpeg"
-    return f'<img alt="" src="data:image/{kind};base64,{b64encode(image).decode()}">'
+    return f'<img alt="" src="data:image/{kind};base64,{b64encode(image).decode()}" />'
 
 
 def _all_classes(evaluated: Evaluated, scores: Sequence[ClassScore]) -> Html:
