@@ -118,6 +118,7 @@ def test_config_survives_its_file(tmp_path):
         ("tracking.tags=x", ["tracking.tags = 'x'", "a list"]),
         ("model.dropout=2", ["model.dropout = 2.0 must lie between 0 and 0.999"]),
         ("model.stem=tiny", ["model.stem = 'tiny' is not offered; choose one of ['separable', 'dense', 'small']"]),
+        ("model.per_activation=11", ["model.per_activation = 11 must lie between 0 and 10"]),
         ("trainer.precision=16", ["trainer.precision = '16' is not offered"]),
         ("data.global_batch_size=0", ["data.global_batch_size = 0 is too small; it must be at least 1"]),
         ("optimizer.rate=-1", ["optimizer.rate = -1.0 must be positive"]),
@@ -141,6 +142,12 @@ def test_a_wrong_override_is_one_line_with_field_value_rule_and_way_out(override
 def test_a_group_size_that_does_not_divide_is_refused_where_the_user_types():
     assert refused("norm.group_size=3", "cluster.devices=8") == (
         "norm.group_size = 3 does not divide the world of 8 ranks; choose one of [1, 2, 4, 8], or 0 for all"
+    )
+
+
+def test_single_activations_are_normalized_by_bn_inception_alone():
+    assert refused("model.per_activation=1", "model.name=resnet50") == (
+        "model.per_activation = 1 is for model.name = bn_inception, not resnet50; leave it at 0"
     )
 
 

@@ -40,6 +40,9 @@ def checked(config: Config) -> Config:
     for key, (low, high) in _BETWEEN.items():
         if flat[key] is not None and not low <= flat[key] <= high:
             raise ConfigError(f"{key} = {flat[key]} must lie between {low} and {high}")
+    if c.model.per_activation and c.model.name != "bn_inception":
+        raise ConfigError(f"model.per_activation = {c.model.per_activation} is for model.name = bn_inception, not "
+                          f"{c.model.name}; leave it at 0")  # fmt: skip
     for key in ("data.mean", "data.std"):
         if len(flat[key]) != 3 or (key == "data.std" and min(flat[key]) <= 0):
             raise ConfigError(f"{key} = {flat[key]} must be three numbers, of red, green and blue; std above 0")
@@ -208,7 +211,7 @@ _POSITIVE = (
     "schedule.decay_epochs", "cluster.timeout_minutes",
 )  # fmt: skip
 _BETWEEN = {
-    "seed": (0, 2**32 - 1), "model.dropout": (0, 0.999),
+    "seed": (0, 2**32 - 1), "model.dropout": (0, 0.999), "model.per_activation": (0, 10),
     "norm.momentum": (0, 1), "data.evaluation_crop": (0.05, 1), "data.bad_samples": (0, 1),
     "augment.area_min": (0, 1), "docker.port": (1024, 65535),
     "tracking.goodput_alert": (0, 1), "optimizer.momentum": (0, 0.9999), "loss.label_smoothing": (0, 0.999),

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 NormFactory = Callable[[int], nn.Module]
+PlaceNormFactory = Callable[[tuple[int, int, int]], nn.Module]  # of single activations, of (C, H, W)
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": torch.relu, "sigmoid": torch.sigmoid}
 
@@ -24,6 +25,10 @@ class Style(NamedTuple):
 
     norm: NormFactory | None
     activation: str = "relu"
+
+    def of_places(self, norm: PlaceNormFactory, height: int, width: int) -> Style:
+        """The same with a norm of single activations, of a grid of that size."""
+        return self._replace(norm=lambda channels: norm((channels, height, width)))
 
 
 class Unit(nn.Module):
@@ -155,18 +160,21 @@ class Widths(NamedTuple):
 
 
 class Inception(nn.Module):
-    """1x1 | 1x1 -> 3x3 | 1x1 -> 3x3 -> 3x3 | pool -> 1x1, concatenated in this order."""
+    """1x1 | 1x1 -> 3x3 | 1x1 -> 3x3 -> 3x3 | pool -> 1x1, concatenated in this order.
 
-    def __init__(self, inputs: int, widths: Widths, style: Style):
+    last: style of the units on the grid of the output, where it differs from that of the input's.
+    """
+
+    def __init__(self, inputs: int, widths: Widths, style: Style, last: Style | None = None):
         super().__init__()
-        w = widths
+        w, last = widths, last or style
         stride = 1 if w.projection else 2
         self.conv1 = Unit(inputs, w.conv1, 1, style) if w.conv1 else None
         self.reduce3 = Unit(inputs, w.reduce3, 1, style)
-        self.conv3 = Unit(w.reduce3, w.conv3, 3, style, stride=stride)
+        self.conv3 = Unit(w.reduce3, w.conv3, 3, last, stride=stride)
         self.reduce33 = Unit(inputs, w.reduce33, 1, style)
         self.conv33a = Unit(w.reduce33, w.conv33, 3, style)
-        self.conv33b = Unit(w.conv33, w.conv33, 3, style, stride=stride)
+        self.conv33b = Unit(w.conv33, w.conv33, 3, last, stride=stride)
         self.pool: nn.Module
         if stride == 2:
             self.pool = HalvingPool()

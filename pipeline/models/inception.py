@@ -18,6 +18,7 @@ from pipeline.models.blocks import (
     Inception,
     Level,
     NormFactory,
+    PlaceNormFactory,
     SampleDropout,
     Style,
     Unit,
@@ -83,7 +84,12 @@ class AuxiliaryHead(nn.Module):
 
 
 class InceptionNetwork(nn.Module):
-    """Stem, ten modules, global average pool, one linear layer. Input (N, 3, H, W)."""
+    """Stem, ten modules, global average pool, one linear layer. Input (N, 3, H, W).
+
+    per_activation: last modules all of whose norms are of single activations, place_norm((C, H, W)). They bind the
+    network to images of image_size pixels a side. The paper says "last hidden layers" and not which (section 4.2.3);
+    1 is module 5b, 2 are 5a and 5b. Raises ValueError for an option that does not fit.
+    """
 
     def __init__(
         self,
@@ -98,8 +104,12 @@ class InceptionNetwork(nn.Module):
         auxiliary_head: bool = False,
         literal_fig5: bool = False,
         initial_gain: float = 1.0,
+        per_activation: int = 0,
+        place_norm: PlaceNormFactory | None = None,
+        image_size: int = 0,
     ):
         super().__init__()
+        _check_per_activation(per_activation, norm, place_norm, image_size)
         if stem not in STEMS:
             raise ValueError(f"model.stem = {stem!r} is not a stem; choose one of {list(STEMS)}")
         if width <= 0:
@@ -110,10 +120,16 @@ class InceptionNetwork(nn.Module):
         self.stem = _stem(stem, style, width, response_norm)
         channels = _scaled(192, width)
         self.body = nn.ModuleDict()
-        for name, printed in MODULES.items():
+        side = _side_after_stem(stem, image_size)
+        for number, (name, printed) in enumerate(MODULES.items()):
             literal = literal_fig5 and name in LITERAL_PROJECTION
             widths = printed._replace(projection=LITERAL_PROJECTION[name]) if literal else printed
-            module = Inception(channels, _scaled_widths(widths, width), style)
+            first = last = style
+            halved = side if widths.projection else _halved(side)
+            if place_norm and number >= len(MODULES) - per_activation:
+                first, last = (style.of_places(place_norm, each, each) for each in (side, halved))
+            side = halved
+            module = Inception(channels, _scaled_widths(widths, width), first, last)
             self.body[name], channels = module, module.outputs
             if name == "4d":
                 auxiliary_inputs = channels
@@ -168,6 +184,36 @@ def initialize(network: nn.Module, gain: float) -> None:
             nn.init.trunc_normal_(module.weight, std=math.sqrt(variance / fan_in), a=-10, b=10)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
+
+
+def _check_per_activation(
+    modules: int, norm: NormFactory | None, place_norm: PlaceNormFactory | None, image_size: int
+) -> None:
+    if not 0 <= modules <= len(MODULES):
+        raise ValueError(
+            f"model.per_activation = {modules} is no number of last modules; give 0 (none) to {len(MODULES)}, "
+            "1 = 5b, 2 = 5a and 5b"
+        )
+    if modules and (norm is None or place_norm is None):
+        raise ValueError(
+            f"model.per_activation = {modules} asks for norms, and this network is built without; choose bn_inception, "
+            "or leave it at 0"
+        )
+    if modules and image_size < 1:
+        raise ValueError(
+            f"model.per_activation = {modules} binds the network to images of one size, which is not given; set "
+            "image_size (data.image_size of a run), or leave it at 0"
+        )
+
+
+def _halved(side: int) -> int:
+    """What a stride of 2 leaves of a side."""
+    return -(-side // 2)
+
+
+def _side_after_stem(kind: str, image_size: int) -> int:
+    """Pixels a side of what the first module gets."""
+    return _halved(image_size) if kind == "small" else _halved(_halved(_halved(image_size)))
 
 
 def _stem(kind: str, style: Style, width: float, response_norm: bool) -> nn.Sequential:

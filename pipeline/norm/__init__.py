@@ -2,6 +2,10 @@
 
 from pipeline.norm.folding import fold
 from pipeline.norm.moments import Moments, batch_moments, merge
+from pipeline.norm.per_activation import PerActivationNorm
 from pipeline.norm.sync_batch_norm import SyncBatchNorm, SyncBatchNorm2d, convert, revert
 
-__all__ = ["Moments", "SyncBatchNorm", "SyncBatchNorm2d", "batch_moments", "convert", "fold", "merge", "revert"]
+__all__ = [
+    "Moments", "PerActivationNorm", "SyncBatchNorm", "SyncBatchNorm2d", "batch_moments", "convert", "fold", "merge",
+    "revert",
+]  # fmt: skip

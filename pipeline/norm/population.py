@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from pipeline.norm.collectives import average_over_world, sum_over_world
 from pipeline.norm.moments import Moments, batch_moments, merge, merge_packets
+from pipeline.norm.per_activation import PlainPerActivationNorm
 from pipeline.norm.sync_batch_norm import SyncBatchNorm
 
 Batch = TypeVar("Batch")
@@ -138,10 +139,14 @@ def _moments_seen(norms: list[Norm]) -> Iterator[dict[Norm, Moments]]:
         if isinstance(norm, SyncBatchNorm):
             ends.append(norm.observe(lambda rows_RP, norm=norm: add(norm, merge_packets(rows_RP))))  # type: ignore[misc]
         else:
-            hook = norm.register_forward_pre_hook(lambda norm, given: add(norm, batch_moments(given[0])))
+            hook = norm.register_forward_pre_hook(lambda norm, given: add(norm, batch_moments(_flat(norm, given[0]))))
             ends.append(hook.remove)
     try:
         yield seen
     finally:
         for end in ends:
             end()
+
+
+def _flat(norm: Norm, x: Tensor) -> Tensor:
+    return norm.places.flat(x) if isinstance(norm, PlainPerActivationNorm) else x

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from pipeline.norm import normalization
 from pipeline.norm.normalization import Statistics
+from pipeline.norm.per_activation import PerActivationNorm
 from pipeline.norm.sync_batch_norm import SyncBatchNorm
 
 PERCENTS = (15, 50, 85)
@@ -57,6 +58,7 @@ class Watch:
 
     def __init__(self, module: nn.Module, names: Sequence[str]):
         self._samples: dict[str, Tensor] = {}
+        self._units: dict[str, int] = {}  # of a layer of which not every unit is sampled, the distance between two
         self._ends: list[Callable[[], None]] = []
         for name in names:
             layer = module.get_submodule(name)
@@ -72,7 +74,8 @@ class Watch:
             if len(sample_SC):
                 values_SC = sample_SC.float().cpu().numpy()
                 unit = values_SC.shape[1] // 2
-                found[name] = Percentiles(unit, _percentiles(values_SC[:, unit]), _percentiles(values_SC))
+                number = unit * self._units.get(name, 1)
+                found[name] = Percentiles(number, _percentiles(values_SC[:, unit]), _percentiles(values_SC))
         return found
 
     def close(self) -> None:
@@ -85,7 +88,16 @@ class Watch:
         def look(x: Tensor, known: Statistics) -> None:
             self._samples[name] = normalization.normalized(_sample(x), known, norm.bias, None)
 
-        return look
+        def look_at_some(x_NF: Tensor, known: Statistics) -> None:
+            # An activation has one value an image: all images of some, rather than some images of all.
+            step = -(-x_NF.numel() // VALUES) | 1
+            thin = slice(None, None, step)
+            of_thin = Statistics(known.mean_C[thin], known.scale_C[thin], known.invstd_C[thin], known.total)
+            bias = None if norm.bias is None else norm.bias[thin]
+            self._samples[name] = normalization.normalized(x_NF.detach()[:, thin], of_thin, bias, None)
+            self._units[name] = step
+
+        return look_at_some if isinstance(norm, PerActivationNorm) else look
 
     def _hook(self, name: str) -> Callable[[nn.Module, Any, Tensor], None]:
         def look(layer: nn.Module, _: Any, x: Tensor) -> None:

@@ -10,6 +10,7 @@ Legend: N images, C channels, R ranks, P numbers of a packet.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -58,7 +59,7 @@ class SyncBatchNorm(nn.Module):
         self.num_features, self.eps, self.momentum = num_features, eps, momentum
         self.affine, self.track_running_stats = affine, track_running_stats
         self.group_size, self.activation = group_size, activation
-        self.reverts_to: type[nn.modules.batchnorm._BatchNorm] = nn.BatchNorm2d
+        self.reverts_to: Callable[..., nn.modules.batchnorm._BatchNorm] = nn.BatchNorm2d
         self._observers: list[Observer] = []
         self._lookers: list[Looker] = []
         self.register_parameter("weight", nn.Parameter(torch.ones(num_features)) if affine else None)
@@ -81,9 +82,17 @@ class SyncBatchNorm(nn.Module):
 
     def _evaluated(self, x: Tensor) -> Tensor:
         y = nn.functional.batch_norm(
-            x, self.running_mean, self.running_var, self.weight, self.bias, training=False, eps=self.eps
+            self.flat(x), self.running_mean, self.running_var, self.weight, self.bias, training=False, eps=self.eps
         )
-        return torch.relu(y) if self.activation == "relu" else y
+        return self.back(torch.relu(y) if self.activation == "relu" else y)
+
+    def flat(self, x: Tensor) -> Tensor:
+        """What is normalized, with the features along dimension 1."""
+        return x
+
+    def back(self, y: Tensor) -> Tensor:
+        """The output, of what `flat` gave and was normalized."""
+        return y
 
     def observe(self, observer: Observer) -> Callable[[], None]:
         """Call observer(rows_RP) with each training batch's packets of the ranks (moments.py); returns what ends that.
@@ -170,6 +179,7 @@ class Level:
         together: bool,
     ):
         self.layers, self.xs, self.together, self.activation = layers, xs, together, activation
+        self._flat = [layer.flat(x) for layer, x in zip(layers, xs, strict=True)] if together else []
         if not together:
             self.late = LateGradients(())
             return
@@ -179,15 +189,17 @@ class Level:
         hides = self.group.size > 1 and torch.is_grad_enabled() and not torch.compiler.is_compiling()
         self.late = LateGradients(conv for conv in followers if hides and conv.bias is None)
         with torch.no_grad():
-            self._rows = self.group.begin_merge([_arithmetic(x).packet(x) for x in xs])
+            self._rows = self.group.begin_merge([_arithmetic(x).packet(x) for x in self._flat])
 
     def room(self, channels: int) -> Tensor | None:
         """A tensor of so many channels, slices of which `finish` of this level or a next one writes; None if it cannot.
 
         For outputs that go side by side into one tensor anyway: what is written there need not be copied there.
         """
-        if not self.together or not all(_arithmetic(x) is fused for x in self.xs):
+        if not self.together or not all(_arithmetic(x) is fused for x in self._flat):
             return None
+        if any(flat is not x for flat, x in zip(self._flat, self.xs, strict=True)):
+            return None  # what comes out of a norm of single activations is shaped once more
         return fused.room(self.xs[0], channels)
 
     def finish(self, places: Sequence[Tensor | None] = ()) -> list[Tensor]:
@@ -199,7 +211,7 @@ class Level:
             # Gradient checkpointing runs a forward pass again inside the backward: the same batch, not another one.
             tracks = self.layers[0].training and not _is_in_backward()
             tensors: list[Tensor | None] = []
-            for layer, x, rows_RP in zip(self.layers, self.xs, self._rows(), strict=True):
+            for layer, x, rows_RP in zip(self.layers, self._flat, self._rows(), strict=True):
                 kind = torch.float64 if x.dtype == torch.float64 else torch.float32
                 running = layer._running if tracks else None
                 for observer in layer._observers if tracks else ():
@@ -211,7 +223,8 @@ class Level:
         activations = [layer.activation or self.activation for layer in self.layers]
         weights = self.late.weights
         late = self.late if weights else None
-        return list(_Normalize.apply(activations, self.group, late, list(places), *tensors, *weights))
+        ys = _Normalize.apply(activations, self.group, late, list(places), *tensors, *weights)
+        return [layer.back(y) for layer, y in zip(self.layers, ys, strict=True)]
 
     def convolve(self, conv: nn.Module, x: Tensor) -> Tensor:
         """conv(x); a follower's weight gets its gradient from this level."""
@@ -305,18 +318,20 @@ def convert(module: nn.Module, *, group_size: GroupSize = 0) -> nn.Module:
     """
 
     def synchronized(layer: nn.Module) -> nn.Module | None:
-        if type(layer) not in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
+        # A plain norm of single activations (per_activation.py) knows what it is in ours.
+        ours: Any = getattr(layer, "converts_to", None)
+        if ours is None and type(layer) not in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
             return None
         assert isinstance(layer, Layer)
-        new = SyncBatchNorm(
-            layer.num_features,
+        new: SyncBatchNorm = (ours or partial(SyncBatchNorm, layer.num_features))(
             eps=layer.eps,
             momentum=layer.momentum,
             affine=layer.affine,
             track_running_stats=layer.track_running_stats,
             group_size=group_size,
         )
-        new.reverts_to = type(layer)
+        if ours is None:
+            new.reverts_to = type(layer)
         return _with_tensors_of(layer, new)
 
     return _replaced(module, synchronized)
@@ -325,7 +340,8 @@ def convert(module: nn.Module, *, group_size: GroupSize = 0) -> nn.Module:
 def revert(module: nn.Module) -> nn.Module:
     """Replace every SyncBatchNorm by the nn.BatchNorm1d/2d/3d it came from (2d if from none), same tensors.
 
-    Raises ValueError for a layer with a fused activation: torch's layers have none.
+    A PerActivationNorm becomes a PlainPerActivationNorm, a BatchNorm1d of flattened activations, and `convert` undoes
+    that, too. Raises ValueError for a layer with a fused activation: torch's layers have none.
     """
 
     def plain(layer: nn.Module) -> nn.Module | None:

@@ -26,7 +26,7 @@ from pipeline.data.shards import DataError
 from pipeline.launch.environment import LaunchedEnvironment
 from pipeline.launch.plan import worker_count
 from pipeline.models.registry import DENSE, MODELS
-from pipeline.norm import SyncBatchNorm, convert
+from pipeline.norm import PerActivationNorm, SyncBatchNorm, convert
 from pipeline.training.checkpoint import Checkpoints
 from pipeline.training.checkpoint_io import CheckpointFiles
 from pipeline.training.classifier import Classifier
@@ -127,10 +127,13 @@ def build_model(config: Config) -> torch.nn.Module:
     model, norm = config.model, config.norm
     options: dict[str, Any] = {} if model.dropout is None else {"dropout": model.dropout}
     if model.name in MODELS:
-        factory = partial(SyncBatchNorm, group_size=norm.group_size, momentum=norm.momentum, eps=norm.eps)
+        how: dict[str, Any] = {"group_size": norm.group_size, "momentum": norm.momentum, "eps": norm.eps}
+        factory = partial(SyncBatchNorm, **how)
         options |= {"image_size": config.data.image_size} if model.name in DENSE else {
             "width": model.width, "stem": model.stem, "response_norm": model.response_norm,
             "auxiliary_head": model.auxiliary_head, "literal_fig5": model.literal_fig5,
+            "per_activation": model.per_activation, "place_norm": partial(PerActivationNorm, **how),
+            "image_size": config.data.image_size,
         }  # fmt: skip
         return models.build(
             model.name, num_classes=config.data.num_classes, norm=factory, activation=model.activation,

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from pipeline.models.blocks import Inception, Style, Widths
-from pipeline.norm import SyncBatchNorm, convert, fused, normalization
+from pipeline.norm import PerActivationNorm, SyncBatchNorm, convert, fused, normalization
 from pipeline.norm.moments import Moments, batch_moments, pack
 from pipeline.norm.normalization import Running, Statistics
 from tests.multiprocess.ranks import run_ranks, with_group
@@ -212,6 +212,23 @@ def test_ranks_on_kernels_are_one_batch_whatever_their_shares():
             expected = torch.from_numpy(value)
             for part in [torch.cat(parts)] if number < 3 else parts:
                 torch.testing.assert_close(part, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_norm_of_single_activations_runs_on_the_same_kernels(forced):
+    x = Case((6, 5, 3, 4), "rows", torch.float32, True, "relu", 4).tensor(0, 2.0)
+    dy = Case((6, 5, 3, 4), "rows", torch.float32, True, "relu", 4).tensor(1)
+    found = []
+    for kernels in (True, False):
+        if not kernels:
+            fused.serves = lambda x: False  # the fixture puts it back
+        layer, given = PerActivationNorm((5, 3, 4)).to(DEVICE), x.clone().requires_grad_()
+        y = nn.functional.relu(layer(given), inplace=True)
+        y.backward(dy)
+        found.append([y, given.grad, *(p.grad for p in layer.parameters()), *layer.buffers()])
+    assert forced
+    assert all(forced)
+    for mine, other in zip(*found, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4)
 
 
 def test_what_comes_out_may_be_changed_in_place(forced):
