@@ -17,6 +17,7 @@ from pipeline.config import (
 
 RECIPES = sorted(path.stem for path in (CONF / "recipe").glob("*.yaml"))
 DATA = sorted(path.stem for path in (CONF / "data").glob("*.yaml"))
+MEMBERS = [f"bn_x30_member_{n}" for n in range(6)]
 CLUSTERS = sorted(path.stem for path in (CONF / "cluster").glob("*.yaml"))
 
 
@@ -41,6 +42,7 @@ def test_every_file_of_the_axes_is_a_page_with_its_command():
         "bn_baseline",
         "bn_x5",
         "bn_x30",
+        *MEMBERS,
         "bn_x5_sigmoid",
         "smoke",
         "mlp_sigmoid",
@@ -67,7 +69,7 @@ def test_recipes_carry_the_papers_values():
     rates = {name: c.optimizer.rate for name, c in values.items()}
     assert rates == {
         "inception": 0.0015, "bn_baseline": 0.0015, "bn_x5": 0.0075, "bn_x30": 0.045, "bn_x5_sigmoid": 0.0075,
-        "smoke": 0.0075, "mlp_sigmoid": 0.1, "mlp_sigmoid_bn": 0.1,
+        "smoke": 0.0075, "mlp_sigmoid": 0.1, "mlp_sigmoid_bn": 0.1, **dict.fromkeys(MEMBERS, 0.045),
     }  # fmt: skip
     baseline = values["bn_baseline"]
     for name in ("bn_x5", "bn_x30", "bn_x5_sigmoid"):
@@ -84,6 +86,21 @@ def test_recipes_carry_the_papers_values():
     bare, normalized = (by_key(asdict(values[name])) for name in ("mlp_sigmoid", "mlp_sigmoid_bn"))
     assert bare["data.global_batch_size"] == 60  # of section 4.1, as are the layers (models/mlp.py)
     assert {key for key in bare if bare[key] != normalized[key]} == {"run.recipe", "model.name"}
+
+
+def test_members_of_the_ensemble_are_bn_x30_with_the_changes_that_the_paper_names():
+    """Each change is there more than once, alone and with another; no two members are alike; seeds are their own."""
+    of_paper = by_key(asdict(compose_config(["recipe=bn_x30", "data=imagenet"])))
+    changes = []
+    for number, name in enumerate(MEMBERS):
+        member = by_key(asdict(compose_config([f"recipe={name}", "data=imagenet"])))
+        assert member["seed"] == number
+        changes.append({key: value for key, value in member.items()
+                        if value != of_paper[key] and key not in ("seed", "run.recipe")})  # fmt: skip
+    assert changes == [
+        {"model.initial_gain": 1.5}, {"model.dropout": 0.05}, {"model.dropout": 0.1}, {"model.per_activation": 1},
+        {"model.dropout": 0.05, "model.initial_gain": 1.5}, {"model.dropout": 0.1, "model.per_activation": 2},
+    ]  # fmt: skip
 
 
 def test_cifar10_changes_nothing_of_a_recipe_but_what_its_page_states():

@@ -106,12 +106,19 @@ def _element(config: Config, words: list[str], swept: dict[str, str]) -> Element
 
 
 def _name(config: Config, swept: dict[str, str]) -> str:
-    """The run.id that was given, or recipe and data; then each key, as short as it is clear, with its value."""
+    """The run.id that was given, or recipe and data; then each key, as short as it is clear, with its value.
+
+    What is chosen on an axis is a name already: ensemble-bn_x30_member_0.
+    """
+    from pipeline.config import AXES
+
     given = bool(config.run.id)
     last = [key.rpartition(".")[2] for key in swept]
     parts = [config.run.id or f"{config.run.recipe}-{config.run.data}"]
     for key, value in swept.items():
-        if given or key not in ("recipe", "data"):
+        if key in AXES:
+            parts += [value] if given or key not in ("recipe", "data") else []
+        else:
             short = key.rpartition(".")[2]
             parts.append(f"{key if last.count(short) > 1 else short}_{_UNFIT.sub('_', value)}")
     return "-".join(parts)

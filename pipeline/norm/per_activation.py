@@ -1,11 +1,11 @@
 """Per-activation batch normalization: each channel and place has its own mean, variance, gamma and beta.
 
-Ioffe & Szegedy 2015, section 3.2: after a convolution the m N pixels of a channel are taken together; here they are
-not, and m is the number of images alone. It is the same normalization of a network without places: that of the
-F = C H W features of an image. So the layer is SyncBatchNorm over F features, with its exchange, its backward and its
-state_dict, whose vectors have F entries: that of channel c at row y and column x is (y W + x) C + c, in which order
-channels-last tensors lie, so that nothing is copied to take them as features. There is H W times as much to exchange:
-for module 5b at 224 pixels 1.3 MB a rank and direction instead of 26 kB, in as many exchanges.
+Ioffe & Szegedy 2015, section 3.2: after a convolution all pixels of a channel in all images are taken together; here
+only those at one place are, and m is the number of images. It is the same normalization of a network without places:
+that of the F = C H W features of an image. So the layer is SyncBatchNorm over F features, with its exchange, its
+backward and its state_dict, whose vectors have F entries: that of channel c at row y and column x is (y W + x) C + c,
+in which order channels-last tensors lie, so that nothing is copied to take them as features. There is H W times as
+much to exchange: for module 5b at 224 pixels 1.3 MB a rank and direction instead of 26 kB, in as many exchanges.
 Legend: N images, C channels, H, W pixels, F = C H W features.
 """
 

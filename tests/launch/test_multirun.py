@@ -47,6 +47,26 @@ def test_every_combination_is_a_run_named_after_its_values(tmp_path):
     assert list(tmp_path.iterdir()) == []  # looking leaves nothing behind
 
 
+def test_what_is_chosen_on_an_axis_is_a_name_already(tmp_path):
+    found = elements_of(["recipe=bn_x5,bn_x30", "data=digits", "seed=0,1", "run.id=x", f"run.dir={tmp_path}"])
+    assert [each.config.run.id for each in found] == ["x-bn_x5-seed_0", "x-bn_x5-seed_1", "x-bn_x30-seed_0",
+                                                      "x-bn_x30-seed_1"]  # fmt: skip
+
+
+def test_the_six_members_of_the_ensemble_are_one_array(tmp_path, shards, capsys):
+    recipes = ",".join(f"bn_x30_member_{n}" for n in range(6))
+    words = [f"recipe={recipes}", "data=folder", f"data.root={shards}", "data.image_size=24", "model.stem=small",
+             "model.width=0.125", "cluster=slurm_1x8", "cluster.accelerator=cpu", f"run.dir={tmp_path / 'runs'}",
+             "run.id=ensemble"]  # fmt: skip
+    main(["launch", "--multirun", *words, "--dry-run"])
+    shown = capsys.readouterr().out
+    assert "6 runs, 6 of them to be started:" in shown
+    for n in range(6):
+        assert f"{tmp_path / 'runs'}/ensemble-bn_x30_member_{n} " in shown
+    assert "#SBATCH --array=0-5" in shown
+    assert not (tmp_path / "runs").exists()
+
+
 def test_what_stands_in_brackets_or_quotes_is_one_value():
     (only,) = combinations(["data.mean=[1,2,3]", 'slurm.partition="a,b"'])
     assert only.swept == {}
