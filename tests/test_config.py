@@ -178,6 +178,10 @@ def test_what_counts_as_a_spike_is_above_the_median():
     assert "choose one of ['stop', 'skip']" in refused("trainer.on_nan=ignore")
 
 
+def test_a_comparison_of_statistics_needs_both():
+    assert "norm.precise_images = 0 makes none; set norm" in refused("norm.compare=true", "norm.precise_images=0")
+
+
 def test_a_run_needs_an_end():
     assert "the run would not end" in refused("trainer.max_epochs=-1")
 
@@ -201,7 +205,7 @@ def test_identity_and_circumstance_are_told_apart():
         ["cluster.devices=4", "cluster.workers=2", "trainer.max_epochs=99", "tracking.mode=disabled", "ledger=true",
          "data.micro_batch_size=4", "run.dir=/elsewhere", "data.root=/other", "trainer.on_nan=skip",
          "trainer.spike_factor=10", "cluster.hang_seconds=0", "data.stage=true", "data.cache=/scratch",
-         "data.cache_gb=100"]
+         "data.cache_gb=100", "norm.compare=true"]
     )  # fmt: skip
     assert differences(elsewhere, old) == []
     other = differences(compose_config(["seed=1", "optimizer.rate=0.1", "data.global_batch_size=64"]), old)

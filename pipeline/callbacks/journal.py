@@ -36,6 +36,9 @@ class Row:
     slowest_rank: float | None = None
     slowest_over_median: float | None = None
     slowest_data_rank: float | None = None
+    running_loss: float | None = None
+    running_top1: float | None = None
+    running_top5: float | None = None
 
 
 COLUMNS = [f.name for f in fields(Row)]

@@ -31,6 +31,11 @@ SCORES = (
     Metric("top1", "fraction", BOTH, "of the row's images"),
     Metric("top5", "fraction", BOTH, "of the row's images"),
 )
+RUNNING = (  # beside the scores with population statistics
+    Metric("running_loss", "nats", VAL, "loss of the same validation with running averages; with norm.compare alone"),
+    Metric("running_top1", "fraction", VAL, "of the same images, with running averages; with norm.compare alone"),
+    Metric("running_top5", "fraction", VAL, "of the same images, with running averages; with norm.compare alone"),
+)
 SPEED = (
     Metric("rate", "", TRAIN, "learning rate of the last step"),
     Metric("images_per_s", "images/s", TRAIN, "over all ranks: the row's images / span"),
@@ -84,7 +89,7 @@ OF_EACH_GPU = (  # of GPU <g> of a node, as NVIDIA's driver numbers them: gpu<g>
     Metric("celsius", "degrees", TRAIN, "of the chip"),
     Metric("watts", "W", TRAIN, "drawn"),
 )
-METRICS = (*AXES, *SCORES, *SPEED, *ONLY_IN_CSV, *ONLY_IN_WANDB)
+METRICS = (*AXES, *SCORES, *RUNNING, *SPEED, *ONLY_IN_CSV, *ONLY_IN_WANDB)
 
 
 def wandb_name(metric: Metric, split: str) -> str:

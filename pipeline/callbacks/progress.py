@@ -57,7 +57,8 @@ class ProgressReport(lightning.Callback):
         self._validation = row
         self.console.print(
             f"epoch {row.epoch:.2f}  step {row.step}  validation top-1 {row.top1:.2%}  top-5 {row.top5:.2%}  "
-            f"loss {row.loss:.4f}  ({row.images} images)",
+            f"loss {row.loss:.4f}  ({row.images} images)"
+            + ("" if row.running_top1 is None else f"  with running averages top-1 {row.running_top1:.2%}"),
             highlight=False,
             soft_wrap=True,
         )

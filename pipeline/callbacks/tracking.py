@@ -100,8 +100,10 @@ class Tracking(lightning.Callback):
         assert isinstance(pl_module, Classifier)
         if pl_module.scores is not None:
             self.validated_step = trainer.global_step
+            beside = pl_module.scores_beside
+            running = {f"running_{name}": getattr(beside, name) for name in ("loss", "top1", "top5")} if beside else {}
             self._report(trainer.global_step, "val", pl_module.scores, pl_module.device,
-                         span=self.throughput.validation())  # fmt: skip
+                         span=self.throughput.validation(), **running)  # fmt: skip
 
     def _speed(self, images: int, spent: Spent) -> dict[str, float | None]:
         here, span = self.circumstance, max(spent.span, 1e-9)

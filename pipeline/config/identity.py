@@ -15,6 +15,7 @@ CIRCUMSTANCE = (
     "trainer.validate_every_epochs", "trainer.checkpoint_every_", "trainer.keep_checkpoints",
     # What to do with a batch that ruins the run is asked after it did: what was skipped is on record in the run.
     "trainer.on_nan", "trainer.spike_factor",
+    "norm.compare",
 )  # fmt: skip
 
 

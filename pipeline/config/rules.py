@@ -43,6 +43,10 @@ def checked(config: Config) -> Config:
     if c.model.per_activation and c.model.name != "bn_inception":
         raise ConfigError(f"model.per_activation = {c.model.per_activation} is for model.name = bn_inception, not "
                           f"{c.model.name}; leave it at 0")  # fmt: skip
+    if c.norm.compare and not c.norm.precise_images:
+        raise ConfigError("norm.compare = true sets running averages beside population statistics, of which "
+                          "norm.precise_images = 0 makes none; set norm.precise_images=8192, or leave compare out"
+                          )  # fmt: skip
     for key in ("data.mean", "data.std"):
         if len(flat[key]) != 3 or (key == "data.std" and min(flat[key]) <= 0):
             raise ConfigError(f"{key} = {flat[key]} must be three numbers, of red, green and blue; std above 0")

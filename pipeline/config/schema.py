@@ -52,6 +52,7 @@ class NormConfig:
     eps: float = 1e-3
     precise_images: int = 8192  # training images for population statistics before a validation; 0 = running average
     precise_form: str = "batches"  # mean of their variances (Algorithm 2), or aggregate: one variance of all values
+    compare: bool = False  # score each validation with running averages, too; what it computes then takes twice as long
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,12 +18,14 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 
 from pipeline.callbacks.bad_samples import BadSamples
-from pipeline.callbacks.population import Population
+from pipeline.callbacks.population import Population, running_averages
+from pipeline.callbacks.statistics import Beside
 from pipeline.config import Config, ConfigError, completed, identity, read_config
 from pipeline.data.shards import DataError
 from pipeline.evaluation.metrics import Scores
 from pipeline.launch.code_state import CODE, code_state
 from pipeline.launch.plan import add_to_start, note_start
+from pipeline.run import reports
 from pipeline.run.assembly import Assembly, assemble, build_trainer, device_name
 from pipeline.run.failures import explained, interruptible
 from pipeline.run.reports import announce, statistics_used, summarize, table
@@ -99,22 +101,29 @@ def evaluate(config: Config, world: World, console: Console, *, checkpoint: Path
     """Scores of a checkpoint on the validation images, each counted once, with population statistics."""
     run = assemble(config, world)
     state = load_weights(run.classifier, checkpoint)
-    population = Population(run.data.train_loader, config.norm.precise_images, form=config.norm.precise_form)
+    population = Population(
+        run.data.train_loader, config.norm.precise_images, form=config.norm.precise_form,
+        running=running_averages(state),
+    )  # fmt: skip
     bad_samples = BadSamples(
         config.directory / "bad-samples", run.data, budget=config.data.bad_samples, rank=world.rank, console=console
     )
-    trainer = build_trainer(run, [population, bad_samples])
+    beside: list[lightning.Callback] = [Beside(lambda: population.running)] if config.norm.compare else []
+    trainer = build_trainer(run, [population, *beside, bad_samples])
     with interruptible():
         trainer.validate(run.classifier, datamodule=run.data, verbose=False)
     scores = run.classifier.scores
     assert scores is not None
     if world.leads:
         result = {"checkpoint": checkpoint.name, "step": state["global_step"], **asdict(scores)}
+        if run.classifier.scores_beside:
+            result["running_averages"] = asdict(run.classifier.scores_beside)
         (config.directory / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
         console.print(table(f"evaluation of {config.run.id}", {
             "checkpoint": f"{checkpoint.name} (step {state['global_step']})",
             "images": f"{scores.images:,}", "top-1": f"{scores.top1:.2%}", "top-5": f"{scores.top5:.2%}",
             "loss": f"{scores.loss:.4f}", "statistics": statistics_used(config),
+            **reports.beside(run.classifier.scores_beside),
         }))  # fmt: skip
     return scores
 

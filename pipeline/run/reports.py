@@ -13,7 +13,10 @@ from rich.table import Table
 
 from pipeline.config import Config
 from pipeline.data.order import SORTED, WELL_MIXED, Order, shard_mixing, shuffle_quality
+from pipeline.evaluation.metrics import Scores
 from pipeline.run.assembly import Assembly, micro_batch_images
+
+RUNNING = "running averages"
 
 
 def announce(run: Assembly, start: Path | None, console: Console) -> None:
@@ -64,14 +67,21 @@ def summarize(run: Assembly, steps: int, elapsed: float, console: Console) -> No
     if scores is not None:
         facts |= {"validation top-1": f"{scores.top1:.2%}", "validation top-5": f"{scores.top5:.2%}",
                   "validation loss": f"{scores.loss:.4f}", "images": f"{scores.images:,}",
-                  "statistics": statistics_used(config)}  # fmt: skip
+                  "statistics": statistics_used(config), **beside(run.classifier.scores_beside)}  # fmt: skip
     facts["run directory"] = str(config.directory)
     console.print(table(config.run.id, facts))
 
 
 def statistics_used(config: Config) -> str:
     images = config.norm.precise_images
-    return f"population, {images:,} training images at most" if images else "running averages"
+    return f"population, {images:,} training images at most" if images else RUNNING
+
+
+def beside(scores: Scores | None, name: str = RUNNING) -> dict[str, str]:
+    """A row of scores with other statistics, where there are any."""
+    if scores is None:
+        return {}
+    return {f"with {name}": f"top-1 {scores.top1:.2%}  top-5 {scores.top5:.2%}  loss {scores.loss:.4f}"}
 
 
 def table(title: str, facts: dict[str, Any]) -> Table:

@@ -31,6 +31,7 @@ from pipeline.callbacks.norms import Norms
 from pipeline.callbacks.population import Population
 from pipeline.callbacks.preemption import InterruptedRunError, Preemption, SameStart
 from pipeline.callbacks.progress import ProgressReport
+from pipeline.callbacks.statistics import Beside
 from pipeline.callbacks.stragglers import FILE, Seat, Stragglers
 from pipeline.callbacks.sweep import Agent
 from pipeline.callbacks.system import System
@@ -87,6 +88,7 @@ def build_watch(run: Assembly, reporters: Sequence[Reporter], console: Console) 
         form=config.norm.precise_form,
         on_batch=partial(watchdog.pulse.move, "statistics"),
     )
+    beside: list[lightning.Callback] = [Beside(lambda: population.running)] if config.norm.compare else []
     bad_samples = BadSamples(
         config.directory / "bad-samples", run.data, budget=config.data.bad_samples, rank=world.rank, console=console
     )
@@ -108,7 +110,7 @@ def build_watch(run: Assembly, reporters: Sequence[Reporter], console: Console) 
     # Looks come before the row of their step, with which W&B gets what they have seen.
     check_layers(run)
     looks = build_looks(run, reporters)
-    callbacks: list[lightning.Callback] = [same_start, layout, throughput, population, *looks, tracking]
+    callbacks: list[lightning.Callback] = [same_start, layout, throughput, population, *beside, *looks, tracking]
     callbacks += [reporter for reporter in reporters if isinstance(reporter, ProgressReport)]
     if config.ledger:
         callbacks.append(Ledger(config.directory / "ledger", rank=world.rank, keys=run.data.keys))

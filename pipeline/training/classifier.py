@@ -64,6 +64,7 @@ class Classifier(lightning.LightningModule):
         self.step_sums: Sums | None = None  # of this rank, since the last report
         self.validation_sums: Sums | None = None
         self.scores: Scores | None = None  # of the last validation
+        self.scores_beside: Scores | None = None  # of the same, with other statistics
         self.skips = False  # the batch at hand is not trained on: a step that changes nothing
 
     def forward(self, batch: Batch) -> Logits:
@@ -86,10 +87,14 @@ class Classifier(lightning.LightningModule):
         self.validation_sums = Sums(self.device)
 
     def validation_step(self, batch: Batch, number: int) -> None:
+        assert self.validation_sums is not None
+        self.score(batch, self.validation_sums)
+
+    def score(self, batch: Batch, sums: Sums) -> None:
+        """Count a batch that is evaluated."""
         logits_NK = self(batch).main_NK
         loss_N = self.loss.per_image(logits_NK, None, batch.label_N)
-        assert self.validation_sums is not None
-        self.validation_sums.add(loss_N, logits_NK, batch.label_N, batch.weight_N)
+        sums.add(loss_N, logits_NK, batch.label_N, batch.weight_N)
 
     def on_validation_epoch_end(self) -> None:
         assert self.validation_sums is not None
