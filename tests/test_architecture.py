@@ -33,6 +33,7 @@ WALLS = {
     "webdataset": ("data/", "benchmarks/"),  # as a peer
     "obstore": ("data/remote",),
     "triton": ("norm/kernels",),
+    "timm": ("training/optimizer", "benchmarks/"),  # as a peer
     "hydra": ("config/composition",),
     "omegaconf": ("config/composition",),
 }  # fmt: skip
@@ -149,7 +150,8 @@ def test_imports_inside_a_function_are_heavy_and_few():
     """A deferred import hides an arrow. Only the verbs of cli may have them, and what takes seconds to load."""
     heavy = {"torchvision", "sklearn", "scipy", "PIL", "pipeline.data.writer"}
     heavy |= {"pyarrow"}  # an extra: without it every source but parquet files still works
-    heavy |= {"cv2", "nvidia", "timm", "webdataset"}  # peers, which may be missing, each in its process
+    heavy |= {"timm"}  # 2.4 s, which only lars and lamb need
+    heavy |= {"cv2", "nvidia", "webdataset"}  # peers, which may be missing, each in its process
     for path in MODULES:
         if room(place(path)) in ("cli", "run"):
             continue

@@ -432,9 +432,15 @@ def test_statistics_are_over_the_images_of_a_group_in_a_micro_batch():
 def test_a_rate_that_grows_much_without_a_warm_up_is_warned_about():
     def state(warmup: float) -> str:
         schedule = Schedule(0.1, 32, 1024, 10_000, 0.9, 1.0, warmup)
-        return next(arithmetic.check_rate(schedule)).state
+        return next(arithmetic.check_rate(schedule, 100)).state
 
     assert [state(0), state(5)] == ["warning", "ok"]
+
+
+def test_a_curve_that_does_not_end_with_the_run_is_warned_about():
+    schedule = Schedule(0.1, 32, 64, 6400, form="cosine", epochs=9.0)
+    states = [next(arithmetic.check_rate(schedule, steps)).state for steps in (900, 600)]
+    assert states == ["ok", "warning"]
 
 
 def test_a_batch_that_leaves_out_much_of_an_epoch_is_warned_about():

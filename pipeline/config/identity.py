@@ -27,7 +27,7 @@ def identity(config: Config) -> dict[str, Any]:
 def differences(new: Config, old: Config) -> list[str]:
     """Where the identity of two runs differs, one line each. What either leaves open (0 threads, "") agrees."""
     left, right = identity(new), identity(old)
-    filled = {"trainer.threads": 0, "data.digest": "", "data.num_classes": 0, "data.decoder": ""}
+    filled = {"trainer.threads": 0, "data.digest": "", "data.num_classes": 0, "data.decoder": "", "schedule.epochs": 0}
     return [
         f"{key} = {left[key]!r}, the run has {right[key]!r}"
         for key in left

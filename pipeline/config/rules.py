@@ -19,6 +19,8 @@ def checked(config: Config) -> Config:
     _choice("model.activation", c.model.activation, ("relu", "sigmoid"))
     _choice("norm.precise_form", c.norm.precise_form, ("batches", "aggregate"))
     _choice("augment.photometric", c.augment.photometric, ("full", "reduced", "none"))
+    _choice("optimizer.name", c.optimizer.name, ("sgd", "lars", "lamb"))
+    _choice("schedule.form", c.schedule.form, ("exponential", "cosine", "polynomial"))
     _choice("trainer.precision", c.trainer.precision, ("32", "bf16", "64"))
     _choice("data.decoder", c.data.decoder, ("", "regions", "whole"))
     _choice("trainer.on_nan", c.trainer.on_nan, ("stop", "skip"))
@@ -59,6 +61,7 @@ def checked(config: Config) -> Config:
             f"norm.group_size = {size} does not divide the world of {c.world} ranks; "
             f"choose one of {divisors}, or 0 for all"
         )
+    _check_descent(c)
     if c.trainer.spike_factor and c.trainer.spike_factor <= 1:
         raise ConfigError(f"trainer.spike_factor = {c.trainer.spike_factor} would take every loss for a spike; it must "
                           "be above 1, or 0 for none")  # fmt: skip
@@ -73,6 +76,25 @@ def checked(config: Config) -> Config:
     if check is not None:
         check(c)
     return config
+
+
+def _check_descent(c: Config) -> None:
+    optimizer, schedule = c.optimizer, c.schedule
+    if optimizer.nesterov and optimizer.name == "lamb":
+        raise ConfigError("optimizer.nesterov = true is not of lamb; set it to false, or optimizer.name to lars or sgd")
+    if optimizer.nesterov and not optimizer.momentum:
+        raise ConfigError("optimizer.nesterov = true looks ahead along a momentum, and optimizer.momentum = 0; raise "
+                          "it, or set nesterov to false")  # fmt: skip
+    if schedule.form == "exponential":
+        return
+    epochs = schedule.epochs or c.trainer.max_epochs
+    if epochs < 0:
+        raise ConfigError(f"schedule.form = {schedule.form} needs an end, and trainer.max_epochs = -1; set "
+                          "schedule.epochs")  # fmt: skip
+    if epochs <= schedule.warmup_epochs:
+        raise ConfigError(f"schedule.warmup_epochs = {schedule.warmup_epochs:g} leaves nothing of the {epochs:g} "
+                          f"epochs of the {schedule.form} (schedule.epochs, or trainer.max_epochs); lower it"
+                          )  # fmt: skip
 
 
 # A variable of a secret's name, given anything but what another variable or command says.
@@ -199,6 +221,7 @@ _LEAST = {
     "norm.precise_images": 0, "data.num_classes": 0, "data.image_size": 1,
     "data.global_batch_size": 1, "data.micro_batch_size": 0, "data.window": 0, "data.cache_gb": 0,
     "optimizer.rate_batch_size": 1,
+    "schedule.epochs": 0,
     "optimizer.weight_decay": 0, "schedule.warmup_epochs": 0, "loss.auxiliary_weight": 0, "trainer.max_epochs": -1,
     "trainer.max_steps": -1, "trainer.threads": 0, "trainer.validate_every_epochs": 0,
     "trainer.checkpoint_every_steps": 0, "trainer.checkpoint_every_minutes": 0, "trainer.keep_checkpoints": 1,
@@ -211,13 +234,15 @@ _LEAST = {
     "skypilot.disk_gb": 0,
 }  # fmt: skip
 _POSITIVE = (
-    "model.width", "model.initial_gain", "norm.eps", "optimizer.rate", "schedule.decay_factor",
+    "model.width", "model.initial_gain", "norm.eps", "optimizer.rate", "optimizer.trust_coefficient", "schedule.power",
+    "schedule.decay_factor",
     "schedule.decay_epochs", "cluster.timeout_minutes",
 )  # fmt: skip
 _BETWEEN = {
     "seed": (0, 2**32 - 1), "model.dropout": (0, 0.999), "model.per_activation": (0, 10),
     "norm.momentum": (0, 1), "data.evaluation_crop": (0.05, 1), "data.bad_samples": (0, 1),
     "augment.area_min": (0, 1), "docker.port": (1024, 65535),
+    "schedule.final_factor": (0, 1), "schedule.warmup_factor": (0, 1), "optimizer.second_momentum": (0, 0.99999),
     "tracking.goodput_alert": (0, 1), "optimizer.momentum": (0, 0.9999), "loss.label_smoothing": (0, 0.999),
 }  # fmt: skip
 

@@ -96,21 +96,32 @@ class AugmentConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """SGD with momentum. The rate is stated for rate_batch_size images and scales with the global batch."""
+    """How gradients become steps. The rate is stated for rate_batch_size images and scales with the global batch."""
 
+    name: str = "sgd"  # sgd; or for large batches, with a step in proportion to each weight's norm, lars or lamb
     rate: float = 0.0015
     rate_batch_size: int = 32  # images
-    momentum: float = 0.9
+    momentum: float = 0.9  # of lamb the first beta
+    second_momentum: float = 0.999  # the second beta, of lamb alone
+    nesterov: bool = False  # look ahead along the momentum; sgd and lars
+    trust_coefficient: float = 0.001  # of lars: a step is this part of a weight's norm, times the rate
+    trust_clip: bool = False  # the norms may lower a step and never raise it; lars and lamb
     weight_decay: float = 2e-4  # on weights of convolutions and linear layers; torch's sense, half the square
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
-    """Rate over time: linear warm-up from the unscaled rate, and exponential decay at every step."""
+    """Rate over time: a linear warm-up, and a fall at every step."""
 
-    decay_factor: float = 0.96
+    form: str = "exponential"  # from the first step on; cosine and polynomial begin behind the warm-up
+    decay_factor: float = 0.96  # exponential
     decay_epochs: float = 8.0  # epochs in which the rate falls by decay_factor
-    warmup_epochs: float = 0.0  # from `rate` itself to the rate of the global batch
+    epochs: float = 0.0  # cosine, polynomial: length, warm-up included; 0 = trainer.max_epochs as the run begins, fixed
+    # then: a later change of that moves no rate
+    power: float = 2.0  # polynomial: of the part that is left
+    final_factor: float = 0.0  # cosine, polynomial: of the rate, at the end and behind it
+    warmup_epochs: float = 0.0  # to the rate of the global batch
+    warmup_factor: float = 0.0  # of that rate, with which the warm-up begins; 0 = with `rate` itself, unscaled
 
 
 @dataclass(frozen=True, kw_only=True)

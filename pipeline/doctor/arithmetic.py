@@ -106,14 +106,16 @@ def total_steps(batch: int, images: int, max_epochs: int, max_steps: int) -> int
     return min(limit for limit in (max_steps, max_epochs * (images // batch)) if limit >= 0)
 
 
-def check_rate(schedule: Schedule) -> Iterator[Finding]:
-    """The learning rate of the global batch."""
+def check_rate(schedule: Schedule, steps: int) -> Iterator[Finding]:
+    """The learning rate of the global batch, and whether it ends with a run of so many steps."""
     factor = schedule.scaled_rate / schedule.rate
     text = (f"{schedule.scaled_rate:g} for {schedule.global_batch_size} images ({schedule.rate:g} for "
             f"{schedule.rate_batch_size})")  # fmt: skip
     if schedule.warmup_epochs:
         text += f", after a warm-up of {schedule.warmup_epochs:g} epoch{'' if schedule.warmup_epochs == 1 else 's'}"
-    if factor > 8 and not schedule.warmup_epochs:
+    if misfit := schedule.misfit(steps):
+        yield warning("rate", f"{text}: {misfit}", "schedule.epochs=0 in a new run, for trainer.max_epochs")
+    elif factor > 8 and not schedule.warmup_epochs:
         yield warning("rate", f"{text}: {factor:.0f} times the stated one from the first step on",
                       "schedule.warmup_epochs=5, or a smaller data.global_batch_size")  # fmt: skip
     else:

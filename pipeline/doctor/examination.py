@@ -44,7 +44,7 @@ from pipeline.launch.slurm import render
 from pipeline.launch.targets import cloud_task, container_of, slurm_job
 from pipeline.models.registry import check_name
 from pipeline.norm import SyncBatchNorm
-from pipeline.run.assembly import build_model, build_schedule
+from pipeline.run.assembly import build_descent, build_model, build_schedule
 from pipeline.training.classifier import Classifier
 from pipeline.training.loss import Loss
 
@@ -200,7 +200,16 @@ def _arithmetic_checks(p: _Patient) -> Iterator[Check]:
         normalized = any(isinstance(module, SyncBatchNorm) for module in p.model.modules())
         yield "arithmetic", "statistics", lambda: arithmetic.check_statistics(p.cut, normalized)
     if p.images >= data.global_batch_size:
-        yield "arithmetic", "rate", lambda: arithmetic.check_rate(build_schedule(p.config, images=p.images))
+        yield (
+            "arithmetic",
+            "rate",
+            lambda: arithmetic.check_rate(
+                build_schedule(p.config, images=p.images),
+                arithmetic.total_steps(
+                    data.global_batch_size, p.images, p.config.trainer.max_epochs, p.config.trainer.max_steps
+                ),
+            ),
+        )
         yield (
             "arithmetic",
             "steps",
@@ -399,7 +408,7 @@ def _pace(p: _Patient) -> Iterator[Finding]:
         classifier = Classifier(
             build_model(completed(c, data={"num_classes": p.classes})), prepare=Preparation(c.data.mean, c.data.std),
             loss=Loss(c.loss.label_smoothing, c.loss.auxiliary_weight), schedule=build_schedule(c, images=p.images),
-            momentum=c.optimizer.momentum, weight_decay=c.optimizer.weight_decay, world=1, pieces=1,
+            descent=build_descent(c), world=1, pieces=1,
         )  # fmt: skip
         if c.trainer.precision == "64":
             classifier.double()

@@ -107,22 +107,31 @@ def agreed(config: Config) -> Config:
             raise ConfigError(
                 f"run.id = {config.run.id} is another run: {'; '.join(other)}; choose a new run.id, or these values"
             )
-        config = completed(config, trainer={"threads": config.trainer.threads or frozen.trainer.threads})
+        config = _filled(config, frozen)
     elif (
         directory.is_dir()
         and not (directory / CONFIG).exists()
         and any(not path.name.startswith(".") for path in directory.iterdir())
     ):
         raise ConfigError(f"{directory} holds no run but other files; choose another run.id or run.dir")
-    return config if config.trainer.threads else completed(config, trainer={"threads": _threads(config)})
+    return _filled(config, config)
 
 
 def joined(config: Config) -> Config:
     """The config as a node has it that does not lead: no judge of the directory, which it may see half-written."""
-    directory, threads = config.directory, config.trainer.threads
-    if not threads and (directory / CONFIG).exists() and (directory / STARTED).exists():
-        threads = read_config(directory / CONFIG).trainer.threads
-    return completed(config, trainer={"threads": threads or _threads(config)})
+    directory = config.directory
+    if (directory / CONFIG).exists() and (directory / STARTED).exists():
+        config = _filled(config, read_config(directory / CONFIG))
+    return _filled(config, config)
+
+
+def _filled(config: Config, frozen: Config) -> Config:
+    """The config with what it leaves open: as the frozen one of an earlier start has it, or as it is from now on."""
+    threads = config.trainer.threads or frozen.trainer.threads or _threads(config)
+    epochs = config.schedule.epochs or frozen.schedule.epochs
+    if config.schedule.form != "exponential":
+        epochs = epochs or config.trainer.max_epochs
+    return completed(config, trainer={"threads": threads}, schedule={"epochs": epochs})
 
 
 def _threads(config: Config) -> int:

@@ -31,6 +31,7 @@ from pipeline.training.checkpoint import Checkpoints
 from pipeline.training.checkpoint_io import CheckpointFiles
 from pipeline.training.classifier import Classifier
 from pipeline.training.loss import Loss
+from pipeline.training.optimizer import Descent
 from pipeline.training.schedule import Schedule
 from pipeline.world import World
 
@@ -71,8 +72,7 @@ def assemble(config: Config, world: World) -> Assembly:
         prepare=Preparation(config.data.mean, config.data.std),
         loss=Loss(config.loss.label_smoothing, config.loss.auxiliary_weight),
         schedule=build_schedule(config, images=len(data.train_loader.images.split)),
-        momentum=config.optimizer.momentum,
-        weight_decay=config.optimizer.weight_decay,
+        descent=build_descent(config),
         world=world.size,
         pieces=data.batching.pieces,
     )
@@ -155,7 +155,17 @@ def build_schedule(config: Config, *, images: int) -> Schedule:
         decay_factor=config.schedule.decay_factor,
         decay_epochs=config.schedule.decay_epochs,
         warmup_epochs=config.schedule.warmup_epochs,
+        warmup_factor=config.schedule.warmup_factor,
+        form=config.schedule.form,
+        epochs=config.schedule.epochs or config.trainer.max_epochs,
+        power=config.schedule.power,
+        final_factor=config.schedule.final_factor,
     )
+
+
+def build_descent(config: Config) -> Descent:
+    o = config.optimizer
+    return Descent(o.name, o.momentum, o.weight_decay, o.nesterov, o.trust_coefficient, o.trust_clip, o.second_momentum)
 
 
 def build_trainer(assembly: Assembly, callbacks: list[lightning.Callback]) -> lightning.Trainer:

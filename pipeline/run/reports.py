@@ -29,6 +29,8 @@ def announce(run: Assembly, start: Path | None, console: Console) -> None:
         f"images, rate {run.classifier.schedule.scaled_rate:g}",
         highlight=False, soft_wrap=True,
     )  # fmt: skip
+    if misfit := run.classifier.schedule.misfit(run.steps):
+        console.print(f"WARNING: {misfit}", highlight=False, soft_wrap=True)
     if loader.dropped:
         console.print(f"each epoch leaves out {loader.dropped} of {len(loader.images.split):,} images (another "
                       "selection each time), so that every step is a whole global batch",

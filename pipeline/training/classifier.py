@@ -15,7 +15,7 @@ from pipeline.evaluation.metrics import Scores, Sums
 from pipeline.models.blocks import set_sample_keys
 from pipeline.models.inception import Logits
 from pipeline.training.loss import Loss, share_of_global_mean
-from pipeline.training.optimizer import build_optimizer
+from pipeline.training.optimizer import Descent, build_optimizer
 from pipeline.training.schedule import Schedule
 
 
@@ -51,15 +51,14 @@ class Classifier(lightning.LightningModule):
         prepare: nn.Module,
         loss: Loss,
         schedule: Schedule,
-        momentum: float,
-        weight_decay: float,
+        descent: Descent,
         world: int,
         pieces: int,
     ):
         super().__init__()
         self.model = model.to(memory_format=torch.channels_last)
         self.loss, self.schedule = loss, schedule
-        self.momentum, self.weight_decay, self.world, self.pieces = momentum, weight_decay, world, pieces
+        self.descent, self.world, self.pieces = descent, world, pieces
         self.prepare = prepare
         self.step_sums: Sums | None = None  # of this rank, since the last report
         self.validation_sums: Sums | None = None
@@ -101,9 +100,7 @@ class Classifier(lightning.LightningModule):
         self.scores = self.validation_sums.merged()
 
     def configure_optimizers(self) -> Any:
-        optimizer = build_optimizer(
-            self.model, rate=1.0, momentum=self.momentum, weight_decay=self.weight_decay
-        )  # LambdaLR multiplies: with a base of 1 the schedule gives the rate itself
+        optimizer = build_optimizer(self.model, self.descent)
         # A function, not the object: the scheduler would save the object's __dict__ with its own state.
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.schedule(step))  # noqa: PLW0108
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

@@ -31,6 +31,19 @@ def test_the_same_run_goes_on_in_the_same_wandb_run_wherever_it_happens(tmp_path
     assert read_config(second.directory / "config.yaml").trainer.max_epochs == 50
 
 
+def test_the_length_of_a_curve_is_fixed_when_the_run_begins_and_epochs_more_or_less_move_no_rate(tmp_path):
+    cosine = ("run.id=a", "schedule.form=cosine")
+    first = open_run(config(tmp_path, *cosine, "trainer.max_epochs=12"))
+    assert first.schedule.epochs == 12
+    (first.directory / "metrics.csv").touch()
+    longer = open_run(config(tmp_path, *cosine, "trainer.max_epochs=50"))
+    assert (longer.schedule.epochs, longer.trainer.max_epochs) == (12, 50)
+    assert joined(config(tmp_path, *cosine, "trainer.max_epochs=50")).schedule.epochs == 12
+    with pytest.raises(ConfigError, match=r"schedule\.epochs = 50\.0, the run has 12\.0"):
+        open_run(config(tmp_path, *cosine, "schedule.epochs=50"))
+    assert open_run(config(tmp_path, "run.id=b")).schedule.epochs == 0  # of an exponential there is none
+
+
 def test_another_run_under_the_same_name_is_refused_and_leaves_no_trace(tmp_path):
     opened = open_run(config(tmp_path, "run.id=a"))
     (opened.directory / "metrics.csv").touch()
