@@ -30,6 +30,9 @@ WALLS = {
                   "callbacks/", "benchmarks/"),
     "wandb": ("callbacks/artifacts", "callbacks/wandb_server", "callbacks/wandb_reporter", "callbacks/segments"),
     "wandb_workspaces": ("dashboards/views",),
+    "onnx": ("export/onnx_file",),
+    "onnxruntime": ("export/onnx_file",),
+    "safetensors": ("export/weights",),
     "webdataset": ("data/", "benchmarks/"),  # as a peer
     "obstore": ("data/remote",),
     "triton": ("norm/kernels",),

@@ -8,7 +8,7 @@ import select
 import sys
 from collections.abc import Callable, Sequence
 
-from pipeline.cli import bench, launch, preflight, report, runs, shards, sync
+from pipeline.cli import bench, export, launch, preflight, report, runs, shards, sync
 from pipeline.cli.codes import FAILED, RESUMABLE, code_of, line_of
 
 
@@ -68,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     preflight.add_verbs(verbs)
     launch.add_verbs(verbs)
     report.add_verbs(verbs)
+    export.add_verbs(verbs)
     sync.add_verbs(verbs)
     for room, purpose in ((shards, "pack images, index tars of others, check and look at them"),
                           (bench, "measure this machine, ours beside others")):  # fmt: skip

@@ -21,6 +21,7 @@ def code_of(error: Exception) -> int | None:
         "SweepError",
         "CommandError",
         "DashboardError",
+        "ExportError",
     }:
         return FAILED
     if "FailedRunError" in names:

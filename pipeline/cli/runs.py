@@ -89,7 +89,7 @@ def evaluate(options: argparse.Namespace) -> int:
     if not (directory / CONFIG).is_file():
         raise ConfigError(f"{directory} is no run: it holds no {CONFIG}; give a directory like runs/NAME")
     config = settled(of_run(directory / CONFIG, options.words))
-    checkpoint = _checkpoint(directory, options.checkpoint)
+    checkpoint = checkpoint_of(directory, options.checkpoint)
     if config.world > 1 and not World.is_launched():
         words = ["evaluate", str(directory), "--checkpoint", str(checkpoint), *options.words]
         return _launch_here(config, words)
@@ -320,7 +320,7 @@ def _sample_names(config: Config, dataset: Dataset) -> Callable[[int, int, int],
     )
 
 
-def _checkpoint(directory: Path, wanted: str) -> Path:
+def checkpoint_of(directory: Path, wanted: str) -> Path:
     from pipeline.config import ConfigError
     from pipeline.training.checkpoint import BEST, newest
 

@@ -38,6 +38,7 @@ class ModelConfig:
     response_norm: bool = False  # local response normalization in the stem
     auxiliary_head: bool = False
     literal_fig5: bool = False  # 128 instead of 96 channels in two projections, as printed
+    count_padding: bool = False  # average pools divide by 9 at the edges, too, as weights that circulate need
     initial_gain: float = 1.0  # factor on the standard deviation of initial weights: of convolutions, or all of the mlp
     per_activation: int = 0  # last modules of bn_inception that normalize each activation on its own: 1 = 5b, 2 = 5a
     # and 5b; 0 = none. It binds the network to data.image_size

@@ -25,6 +25,7 @@ class Style(NamedTuple):
 
     norm: NormFactory | None
     activation: str = "relu"
+    count_padding: bool = False  # in average pools: padding then is zeros that are averaged, too
 
     def of_places(self, norm: PlaceNormFactory, height: int, width: int) -> Style:
         """The same with a norm of single activations, of a grid of that size."""
@@ -181,7 +182,7 @@ class Inception(nn.Module):
         elif w.pool == "max":
             self.pool = nn.MaxPool2d(3, stride=1, padding=1)
         else:
-            self.pool = nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False)
+            self.pool = nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=style.count_padding)
         self.projection = Unit(inputs, w.projection, 1, style) if w.projection else None
         self.widths = [width for width in (w.conv1, w.conv3, w.conv33, w.projection or inputs) if width]
         self.outputs = sum(self.widths)

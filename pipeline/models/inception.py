@@ -103,6 +103,7 @@ class InceptionNetwork(nn.Module):
         response_norm: bool = False,
         auxiliary_head: bool = False,
         literal_fig5: bool = False,
+        count_padding: bool = False,
         initial_gain: float = 1.0,
         per_activation: int = 0,
         place_norm: PlaceNormFactory | None = None,
@@ -116,7 +117,7 @@ class InceptionNetwork(nn.Module):
             raise ValueError(
                 f"model.width = {width} is not positive; 1.0 is the paper's, 0.25 a quarter of its channels"
             )
-        style = Style(norm, activation)
+        style = Style(norm, activation, count_padding)
         self.stem = _stem(stem, style, width, response_norm)
         channels = _scaled(192, width)
         self.body = nn.ModuleDict()

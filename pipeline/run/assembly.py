@@ -124,26 +124,33 @@ def build_data(config: Config, world: World) -> ImageData:
 
 def build_model(config: Config) -> torch.nn.Module:
     """The network with its norms: ours are handed a factory, torchvision's are converted."""
-    model, norm = config.model, config.norm
-    options: dict[str, Any] = {} if model.dropout is None else {"dropout": model.dropout}
+    model, norm, options = config.model, config.norm, model_options(config)
     if model.name in MODELS:
         how: dict[str, Any] = {"group_size": norm.group_size, "momentum": norm.momentum, "eps": norm.eps}
+        if model.name not in DENSE:
+            options["place_norm"] = partial(PerActivationNorm, **how)
         factory = partial(SyncBatchNorm, **how)
-        options |= {"image_size": config.data.image_size} if model.name in DENSE else {
-            "width": model.width, "stem": model.stem, "response_norm": model.response_norm,
-            "auxiliary_head": model.auxiliary_head, "literal_fig5": model.literal_fig5,
-            "per_activation": model.per_activation, "place_norm": partial(PerActivationNorm, **how),
-            "image_size": config.data.image_size,
-        }  # fmt: skip
-        return models.build(
-            model.name, num_classes=config.data.num_classes, norm=factory, activation=model.activation,
-            initial_gain=model.initial_gain, **options,
-        )  # fmt: skip
+        return models.build(model.name, num_classes=config.data.num_classes, norm=factory, **options)
     try:
         network = models.build(model.name, num_classes=config.data.num_classes, **options)
     except ValueError as error:
         raise ConfigError(str(error)) from None
     return convert(network, group_size=norm.group_size)
+
+
+def model_options(config: Config) -> dict[str, Any]:
+    """What `models.build` is given of the network beside its name, its classes and its norm."""
+    model = config.model
+    options: dict[str, Any] = {} if model.dropout is None else {"dropout": model.dropout}
+    if model.name not in MODELS:
+        return options
+    options |= {"activation": model.activation, "initial_gain": model.initial_gain}
+    return options | ({"image_size": config.data.image_size} if model.name in DENSE else {
+        "width": model.width, "stem": model.stem, "response_norm": model.response_norm,
+        "auxiliary_head": model.auxiliary_head, "literal_fig5": model.literal_fig5,
+        "count_padding": model.count_padding, "per_activation": model.per_activation,
+        "image_size": config.data.image_size,
+    })  # fmt: skip
 
 
 def build_schedule(config: Config, *, images: int) -> Schedule:

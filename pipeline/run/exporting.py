@@ -1,0 +1,267 @@
+"""A run's network, handed to export: statistics as in evaluation, real images to compare on, and what the card says."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from pipeline.config import Config, ConfigError, completed
+from pipeline.data.images import Fault
+from pipeline.data.shards import DataError
+from pipeline.export import card, graph, layout_file, parity, publication, speed, weights
+from pipeline.export.deployed import Deployed, folded, stripped
+from pipeline.export.description import FOLDED, KEPT, PIXELS, Description, ExportError, Preprocessing
+from pipeline.norm.population import estimate
+from pipeline.run import load_weights
+from pipeline.run.assembly import Assembly, accelerator_of, assemble, micro_batch_images, model_options
+from pipeline.run.origin import origin
+from pipeline.run.reports import table
+from pipeline.training.classifier import Classifier
+from pipeline.world import World
+
+SAFETENSORS, TORCH_EXPORT, ONNX, CADENE = FORMATS = ("safetensors", "torch-export", "onnx", "cadene")
+_EXAMPLES = 2  # images that a graph is traced with: of one, an exporter takes the batch for a constant
+_BATCH = 16
+
+Progress = Callable[[int, int], None]
+Form = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """images: of the validation set, that parity is judged by. speed: to be measured. output: None = in the run."""
+
+    format: str
+    output: Path | None = None
+    images: int = 64
+    keep_norms: bool = False
+    takes: str = PIXELS
+    speed: bool = False
+    force: bool = False
+
+    def directory(self, config: Config) -> Path:
+        return self.output or config.directory / "export" / self.format
+
+
+def check(config: Config, request: Request) -> None:
+    """Raises ConfigError or ExportError for what can be known before anything is computed."""
+    if request.keep_norms and request.format != SAFETENSORS:
+        raise ConfigError(
+            f"--keep-norms is of --format safetensors; {request.format} {_NORMS[request.format]}: leave it out"
+        )
+    if request.takes != PIXELS and request.format not in (TORCH_EXPORT, ONNX):
+        raise ConfigError(f"--input is of torch-export and onnx, which hold a graph; {request.format} holds weights")
+    publication.check_free(request.directory(config), force=request.force)
+    if request.format == ONNX:
+        _onnx()
+
+
+def export(
+    config: Config,
+    console: Console,
+    *,
+    checkpoint: Path,
+    request: Request,
+    progress: Progress = lambda done, total: None,
+) -> None:
+    """Write, load anew, compare, publish. Raises ExportError, DataError or ConfigError, and then leaves nothing."""
+    check(config, request)
+    run = assemble(_alone(config), World())
+    state = load_weights(run.classifier, checkpoint)
+    classifier = run.classifier.to(accelerator_of(config)).eval()
+    _set_statistics(run, classifier, progress)
+    classifier = classifier.cpu()
+    pixel_NCHW = validation_pixels(run, request.images)
+    trained_NK = _logits(partial(_trained, classifier), pixel_NCHW)
+    exact_NK = _logits(partial(_trained, copy.deepcopy(classifier).double()), pixel_NCHW)
+    description = _described(run, request, checkpoint, int(state["global_step"]))
+    with publication.published(request.directory(config), force=request.force) as place:
+        file, size = _written(classifier, pixel_NCHW, description, request, place)
+        forms, nodes = _loaded(file, request, description)
+        agreement = parity.compared(exact_NK, trained_NK, _logits(forms[request.format], pixel_NCHW))
+        parity.check(agreement, f"{request.format} of {config.run.id}")
+        facts = {
+            "file": f"{file.name}, {size / 1e6:,.1f} MB", "parameters": f"{_parameters(classifier):,}",
+            _COUNTED[request.format]: f"{nodes:,}",
+            **{name: str(value) for name, value in description.facts.items()},
+        }  # fmt: skip
+        speeds, machine = [], ""
+        if request.speed:
+            machine = speed.machine()
+            rivals = {**_rivals(classifier, description), **forms}
+            speeds = speed.measured(rivals, pixel_NCHW, progress=progress)
+        text = card.card(request.format, description, facts, agreement, speeds, machine)
+        (place / "README.md").write_text(text, encoding="utf-8")
+        (place / publication.MARK).write_text(description.to_json(indent=2) + "\n", encoding="utf-8")
+    directory = request.directory(config)
+    shown = {name: value for name, value in facts.items() if name not in _CARD_ALONE}
+    console.print(table(f"{request.format} of {config.run.id}", {
+        **shown, "parity": str(agreement), "directory": str(directory),
+    }))  # fmt: skip
+    if speeds:
+        console.print(_speed_table(speeds, machine))
+
+
+def _alone(config: Config) -> Config:
+    """The run as one process has it: a micro-batch is the images whose statistics were taken together."""
+    group = config.cluster.devices if config.norm.group_size == "node" else int(config.norm.group_size)
+    together = -(-micro_batch_images(config, config.world) * (group or config.world) // config.world)
+    return completed(
+        config, cluster={"devices": 1, "nodes": 1}, norm={"group_size": 0}, data={"micro_batch_size": together}
+    )
+
+
+def _set_statistics(run: Assembly, classifier: Classifier, progress: Progress) -> None:
+    """Population statistics, as an evaluation of the same checkpoint takes them."""
+    images, per_batch = run.config.norm.precise_images, run.config.data.global_batch_size / run.data.batching.pieces
+    device = next(classifier.model.parameters()).device
+    total = min(images, len(run.data.train_loader) * round(per_batch))
+
+    def batches() -> Any:
+        for number, batch in enumerate(run.data.train_loader.population_batches(images), 1):
+            yield type(batch)(*(tensor.to(device) for tensor in batch))
+            progress(min(total, round(number * per_batch)), total)
+
+    autocast = torch.autocast(device.type, torch.bfloat16) if run.config.trainer.precision == "bf16" else nullcontext()
+    with autocast:
+        if images:
+            estimate(classifier.model, batches(), forward=classifier, form=run.config.norm.precise_form)
+
+
+def validation_pixels(run: Assembly, count: int) -> Tensor:
+    """Evaluation crops (N, 3, size, size), uint8, of images from all over the validation set. Raises DataError."""
+    evaluation = run.data.val_loader.workers.items.evaluation
+    total = len(evaluation.images.split)
+    chosen = np.unique(np.linspace(0, total - 1, min(count, total)).round().astype(int))
+    found = [evaluation.images.load(int(sample), evaluation.crop.crop) for sample in chosen]
+    crops = [torch.from_numpy(image.copy()) for image in found if not isinstance(image, Fault)]
+    if len(crops) < _EXAMPLES:
+        raise DataError(
+            f"data.root = {run.config.data.root} has {len(crops)} sound validation images of {len(chosen)} that were "
+            f"looked at, and {_EXAMPLES} at least are needed to compare on; run `pipeline shards verify --decode` on it"
+        )
+    return torch.stack(crops).permute(0, 3, 1, 2).contiguous()
+
+
+def _trained(classifier: Classifier, pixel_NCHW: Tensor) -> Tensor:
+    """Logits of the network as training has it: its norms in their places, its own preparation and dtype."""
+    dtype = next(classifier.model.parameters()).dtype
+    unchanged_NV = torch.tensor([[0.0, 1, 1, 1]], dtype=torch.float64).expand(len(pixel_NCHW), 4)
+    pixels = pixel_NCHW.contiguous(memory_format=torch.channels_last)
+    output = classifier.model(classifier.prepare(pixels, unchanged_NV, dtype))
+    logits_NK: Tensor = output[0] if isinstance(output, tuple) else output
+    return logits_NK
+
+
+@torch.no_grad()
+def _logits(form: Form, images: Tensor) -> Tensor:
+    return torch.cat([form(part) for part in torch.split(images, _BATCH)])
+
+
+def _described(run: Assembly, request: Request, checkpoint: Path, step: int) -> Description:
+    config = run.config
+    data = config.data
+    return Description(
+        name=config.model.name,
+        options={name: value for name, value in model_options(config).items() if name != "auxiliary_head"},
+        num_classes=data.num_classes,
+        preprocessing=Preprocessing(data.image_size, data.evaluation_crop, list(data.mean), list(data.std)),
+        classes=[[c.id, c.name] for c in run.data.dataset.manifest.classes],
+        takes=request.takes,
+        norms=KEPT if request.keep_norms or request.format == CADENE else FOLDED,
+        eps=config.norm.eps,
+        facts=origin(run.config, checkpoint, step),
+    )
+
+
+def _written(
+    classifier: Classifier, pixel_NCHW: Tensor, description: Description, request: Request, place: Path
+) -> tuple[Path, int]:
+    """The file, and its bytes."""
+    model = classifier.model
+    mean, std = description.preprocessing.mean, description.preprocessing.std
+    if request.format == CADENE:
+        file = place / layout_file.FILE
+        layout_file.write(stripped(model), description, file)
+        return file, file.stat().st_size
+    network = Deployed(stripped(model) if request.keep_norms else folded(model), mean, std, request.takes).eval()
+    example = pixel_NCHW[:_EXAMPLES] if request.takes == PIXELS else network.normalized(pixel_NCHW[:_EXAMPLES])
+    if request.format == SAFETENSORS:
+        file = place / weights.FILE
+        weights.write(network, description, file)
+    elif request.format == TORCH_EXPORT:
+        file = place / graph.FILE
+        graph.write(network, example, description, file)
+    else:
+        onnx_file = _onnx()
+        file = place / onnx_file.FILE
+        onnx_file.write(network, example, description, file)
+    return file, file.stat().st_size
+
+
+def _loaded(file: Path, request: Request, description: Description) -> tuple[dict[str, Form], int]:
+    """The file, loaded anew, as a function of pixels; and how many nodes it has, or tensors."""
+    form: Form
+    if request.format == CADENE:
+        form, nodes = layout_file.load(file)
+    elif request.format == SAFETENSORS:
+        form, nodes = weights.load(file)[0], len(weights.read_tensors(file)[0])
+    elif request.format == TORCH_EXPORT:
+        form, nodes = graph.load(file)
+    else:
+        form, nodes = _onnx().load(file, torch.get_num_threads())
+    if request.takes == PIXELS:
+        return {request.format: form}, nodes
+    preprocessing = description.preprocessing
+    normalized = Deployed(torch.nn.Identity(), preprocessing.mean, preprocessing.std, PIXELS).normalized
+    return {request.format: lambda pixels: form(normalized(pixels))}, nodes
+
+
+def _rivals(classifier: Classifier, description: Description) -> dict[str, Form]:
+    """What a file's speed is held against: the network in PyTorch, as trained, folded, and folded and compiled."""
+    mean, std = description.preprocessing.mean, description.preprocessing.std
+    network = Deployed(folded(classifier.model), mean, std, PIXELS).eval().to(memory_format=torch.channels_last)
+    trained = Deployed(stripped(classifier.model), mean, std, PIXELS).eval().to(memory_format=torch.channels_last)
+    compiled = torch.compile(network, dynamic=False)
+    return {"eager": trained, "eager, folded": network, "torch.compile, folded": compiled}
+
+
+def _onnx() -> Any:
+    """The module that writes ONNX. Raises ExportError where its libraries are missing."""
+    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ExportError(
+            f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed, which --format onnx needs; pip "
+            "install 'pipeline[onnx]', or choose safetensors or torch-export"
+        )
+    from pipeline.export import onnx_file
+
+    return onnx_file
+
+
+def _parameters(classifier: Classifier) -> int:
+    return sum(p.numel() for name, p in classifier.model.named_parameters() if not name.startswith("auxiliary."))
+
+
+def _speed_table(speeds: Sequence[speed.Speed], machine: str) -> Table:
+    shown = Table("form", "batch", "images/s", "slowest to fastest", "rounds", title=machine, title_justify="left")
+    for s in speeds:
+        shown.add_row(s.form, str(s.batch), f"{s.median:,.1f}", f"{s.low:,.1f} to {s.high:,.1f}", str(s.rounds))
+    return shown
+
+
+_COUNTED: Mapping[str, str] = {SAFETENSORS: "tensors", TORCH_EXPORT: "nodes", ONNX: "nodes", CADENE: "tensors"}
+_NORMS = {TORCH_EXPORT: "has them folded", ONNX: "has them folded", CADENE: "has them always"}
+_CARD_ALONE = ("data digest", "versions", "seed", "precision in training")

@@ -1,0 +1,189 @@
+"""A run's network in every format: the file computes what the network does, and its norms are gone."""
+
+import json
+import re
+import runpy
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+
+from pipeline import cli
+from pipeline.export import ExportError, graph, load, onnx_file, publication
+from pipeline.export.description import parse
+from pipeline.run import exporting
+from tests.conftest import noise_image
+from tests.export.runs import NETWORKS, run_of
+from tests.test_cli import refused
+
+FILES = {"safetensors": "model.safetensors", "torch-export": "model.pt2", "onnx": "model.onnx"}
+
+
+@pytest.fixture(scope="module", params=NETWORKS)
+def run(request, shards, tmp_path_factory):
+    return run_of(shards, tmp_path_factory.mktemp("runs"), *NETWORKS[request.param])
+
+
+@pytest.mark.parametrize("form", FILES)
+def test_an_exported_file_computes_what_the_network_does_and_says_so(run, form, capsys, tmp_path):
+    place = tmp_path / form
+    assert cli.main(["export", str(run.directory), "--format", form, "--output", str(place), "--images", "9"]) == 0
+    said = capsys.readouterr().out
+    difference = float(re.search(r"within ([\d.e+-]+)\s", said)[1])
+    assert 0 <= difference <= (1e-4 if run.model.name == "resnet50" else 1e-5)  # untrained, it rounds by 1e-5 itself
+    assert sorted(p.name for p in place.iterdir()) == sorted(["README.md", "model.json", FILES[form]])
+    described = parse((place / "model.json").read_text(), "model.json")
+    assert described.name == run.model.name
+    assert described.norms == "folded"
+    assert [name for _, name in described.classes] == [f"class{label}" for label in range(5)]
+    assert str(tmp_path) not in (place / FILES[form]).read_bytes().decode("latin-1")  # nor any other place here
+    assert b"/pipeline/models/" not in (place / FILES[form]).read_bytes()
+    if form == "onnx":
+        kinds = onnx_file.kinds(place / FILES[form])
+        assert "BatchNormalization" not in kinds
+        assert kinds["Conv"] == {"bn_inception": 70, "inception": 69, "resnet50": 53}[run.model.name]
+        model = onnx.load(place / FILES[form])
+        assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_param == "batch"
+        assert parse({p.key: p.value for p in model.metadata_props}["pipeline"], form) == described
+    if form == "safetensors":
+        with safe_open(place / FILES[form], "pt") as file:
+            assert not any("running" in name or name.startswith("auxiliary") for name in file.keys())  # noqa: SIM118
+            assert parse(file.metadata()["pipeline"], form) == described
+
+
+@pytest.mark.parametrize("form", ["torch-export", "onnx"])
+def test_a_graph_takes_any_number_of_images_and_normalized_ones_if_asked(shards, tmp_path, form):
+    config = run_of(shards, tmp_path, "model.stem=small", "model.width=0.125", "data.image_size=16")
+    outputs = {}
+    for takes in ("pixels", "normalized"):
+        place = tmp_path / takes
+        words = ["--format", form, "--input", takes, "--output", str(place)]
+        assert cli.main(["export", str(config.directory), *words]) == 0
+        run = (graph if form == "torch-export" else onnx_file).load(place / FILES[form])[0]
+        pixels = torch.randint(0, 256, (5, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+        mean, std = (torch.tensor(v).view(3, 1, 1) for v in (config.data.mean, config.data.std))
+        images = pixels if takes == "pixels" else (pixels / 255 - mean) / std
+        whole = run(images)
+        torch.testing.assert_close(torch.cat([run(images[:1]), run(images[1:])]), whole, rtol=1e-5, atol=1e-5)
+        outputs[takes] = whole
+    torch.testing.assert_close(outputs["pixels"], outputs["normalized"], rtol=1e-4, atol=1e-4)
+
+
+def test_statistics_are_those_of_the_training_images_or_the_stored_ones(shards, tmp_path):
+    config = run_of(shards, tmp_path, "model.stem=small", "model.width=0.125", "data.image_size=16")
+    state = torch.load(config.directory / "checkpoints" / "step-00000007.ckpt", weights_only=True)["state_dict"]
+    means = {}
+    for name, words in (("estimated", []), ("stored", ["norm.precise_images=0"])):
+        words += ["--format", "safetensors", "--keep-norms", "--output", str(tmp_path / name)]
+        assert cli.main(["export", str(config.directory), *words]) == 0
+        network, description = load(tmp_path / name / "model.safetensors")
+        assert description.norms == "kept"
+        means[name] = network.network.state_dict()["stem.0.norm.running_mean"]
+    assert torch.equal(means["stored"], state["model.stem.0.norm.running_mean"])
+    assert not torch.equal(means["estimated"], means["stored"])
+
+
+@pytest.mark.parametrize(("form", "takes"), [(f, "pixels") for f in FILES] + [("onnx", "normalized")])
+def test_the_snippet_of_a_model_card_runs_and_gives_the_networks_answer(
+    shards, tmp_path, monkeypatch, capsys, form, takes
+):
+    small = ["model.stem=small", "model.width=0.125", "data.image_size=16", "data.evaluation_crop=1.0"]
+    config = run_of(shards, tmp_path, *small)
+    place = tmp_path / "card"
+    words = ["--format", form, "--output", str(place), "--speed"]
+    monkeypatch.setattr("pipeline.export.speed.SECONDS", 0.001)
+    assert cli.main(["export", str(config.directory), *words, "--input", takes]) == 0
+    text = (place / "README.md").read_text()
+    for fact in (config.data.digest, "bn_x5", "step-00000007.ckpt", "torch ", "Apache-2.0", "eager", "torch.compile"):
+        assert fact in text
+    code = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
+    (place / "photo.jpg").write_bytes(noise_image(3, 16, 16, "PNG"))  # exact pixels, whatever the name says
+    (place / "snippet.py").write_text(code)
+    monkeypatch.chdir(place)
+    capsys.readouterr()
+    found = runpy.run_path("snippet.py")["logits"].softmax(1)
+    words = ["--format", "safetensors", "--output", str(tmp_path / "other")]
+    assert cli.main(["export", str(config.directory), *words]) == 0
+    pixels = torch.from_numpy(np.asarray(Image.open("photo.jpg").convert("RGB")).copy()).permute(2, 0, 1)[None]
+    expected = load(tmp_path / "other" / "model.safetensors")[0](pixels).softmax(1)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_a_file_that_computes_something_else_is_not_kept(shards, tmp_path, monkeypatch, capsys):
+    config = run_of(shards, tmp_path, "model.stem=small", "model.width=0.125", "data.image_size=16")
+    faithful = exporting.folded
+
+    def unfaithful(network):
+        folded = faithful(network)
+        folded.classifier.bias[0] += 1e-3
+        return folded
+
+    monkeypatch.setattr(exporting, "folded", unfaithful)
+    line = refused(capsys, 1, "export", str(config.directory), "--format", "safetensors")
+    assert "safetensors of first is not kept: its probabilities differ by up to" in line
+    assert not list((config.directory / "export").iterdir())
+
+
+def test_what_is_asked_wrongly_is_one_line(shards, tmp_path, monkeypatch, capsys):
+    config = run_of(shards, tmp_path, "model.stem=small", "model.width=0.125", "data.image_size=16")
+    here = ["export", str(config.directory)]
+    assert "is no run" in refused(capsys, 2, "export", str(tmp_path), "--format", "onnx")
+    assert "--keep-norms is of --format safetensors; onnx has them folded" in refused(
+        capsys, 2, *here, "--format", "onnx", "--keep-norms"
+    )
+    assert "--input is of torch-export and onnx" in refused(
+        capsys, 2, *here, "--format", "safetensors", "--input", "normalized"
+    )
+    assert "--checkpoint best: there is none" in refused(capsys, 2, *here, "--format", "onnx", "--checkpoint", "best")
+    assert "the network is not of Cadene's layout" in refused(capsys, 1, *here, "--format", "cadene")
+    assert not list((config.directory / "export").iterdir())
+    place = tmp_path / "other"
+    place.mkdir()
+    (place / "thesis.tex").write_text("years of work")
+    line = refused(capsys, 1, *here, "--format", "safetensors", "--output", str(place), "--force")
+    assert "is there and no export; choose another place with --output" in line
+    assert (place / "thesis.tex").exists()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "onnxscript" else name)
+    line = refused(capsys, 1, *here, "--format", "onnx")
+    assert "onnxscript is not installed, which --format onnx needs; pip install 'pipeline[onnx]', or choose" in line
+
+
+def test_an_export_is_replaced_only_by_force_and_never_by_half(tmp_path):
+    place = tmp_path / "export" / "onnx"
+    with publication.published(place, force=False) as temporary:
+        (temporary / "model.json").write_text("first")
+        assert not place.exists()
+    with pytest.raises(ExportError, match="holds an export; replace it with --force"):
+        publication.check_free(place, force=False)
+
+    def interrupted() -> None:
+        with publication.published(place, force=True) as temporary:
+            (temporary / "model.json").write_text("second")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert (place / "model.json").read_text() == "first"
+    with publication.published(place, force=True) as temporary:
+        (temporary / "model.json").write_text("second")
+    assert (place / "model.json").read_text() == "second"
+    assert [p.name for p in place.parent.iterdir()] == ["onnx"]
+
+
+def test_files_that_are_no_export_are_refused_by_what_they_are(tmp_path):
+    for name, content, said in (
+        ("a.safetensors", b"garbage", "is no whole safetensors file"),
+        ("a.pth", b"garbage", "is damaged, or holds more than tensors"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ExportError, match=said):
+            load(tmp_path / name)
+    with pytest.raises(ExportError, match="No such file"):
+        load(tmp_path / "none.safetensors")
+    with pytest.raises(ExportError, match="describes no network"):
+        parse("{}", "model.json")
+    with pytest.raises(ExportError, match="of format pipeline-export/9, this version reads"):
+        parse(json.dumps({"format": "pipeline-export/9"}), "model.json")
