@@ -27,7 +27,11 @@ def code_of(error: Exception) -> int | None:
     if "FailedRunError" in names:
         return int(error.code)  # type: ignore[attr-defined]
     return (
-        USAGE if names & {"ConfigError", "NotARunError", "PlaceError"} else BAD_DATA if "DataError" in names else None
+        USAGE
+        if names & {"ConfigError", "NotARunError", "PlaceError"}
+        else BAD_DATA
+        if names & {"DataError", "PredictionsError"}
+        else None
     )
 
 
