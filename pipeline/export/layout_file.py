@@ -25,6 +25,9 @@ SETTINGS = "pretrained_settings"  # in the header, under the names of pretrained
 def write(network: nn.Module, description: Description, path: Path) -> None:
     """Their tensors, how an image becomes their input, and beside it which layer became which. Raises ExportError."""
     preprocessing = description.preprocessing
+    if count := description.options.get("per_activation"):
+        raise ExportError("--format cadene: their network has norms of whole channels alone, and this one was trained "
+                          f"with model.per_activation={count}; choose another format")  # fmt: skip
     try:
         tensors, rows = to_cadene(network.state_dict(), preprocessing.std, description.eps)
     except LayoutError as error:

@@ -16,7 +16,7 @@ from pipeline import models
 from pipeline.export.deployed import Deployed, folded, stripped
 from pipeline.export.description import FOLDED, Description, ExportError, parse
 from pipeline.models.registry import MODELS
-from pipeline.norm import SyncBatchNorm, convert
+from pipeline.norm import PerActivationNorm, SyncBatchNorm, convert
 
 FILE = "model.safetensors"
 KEY = "pipeline"  # of the description, in the header
@@ -56,6 +56,8 @@ def built(description: Description) -> nn.Module:
     """A network of that description, in evaluation mode, with weights of its own."""
     norm = partial(SyncBatchNorm, eps=description.eps)
     options: dict[str, Any] = dict(description.options)
+    if options.get("per_activation"):
+        options["place_norm"] = partial(PerActivationNorm, eps=description.eps)
     if description.name in MODELS:
         network = models.build(description.name, num_classes=description.num_classes, norm=norm, **options)
     else:

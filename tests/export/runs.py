@@ -17,6 +17,7 @@ NETWORKS = {
     "bn_inception": ["model.stem=separable", "model.width=0.25", "data.image_size=64", "model.dropout=0.1",
                      "model.auxiliary_head=true"],
     "inception": ["recipe=inception", "model.stem=small", "model.width=0.125", "data.image_size=16"],
+    "single activations": ["model.stem=small", "model.width=0.125", "data.image_size=16", "model.per_activation=2"],
     "resnet50": ["model.name=resnet50", "data.image_size=32"],
 }  # fmt: skip
 

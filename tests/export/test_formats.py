@@ -14,6 +14,7 @@ from safetensors import safe_open
 from pipeline import cli
 from pipeline.export import ExportError, graph, load, onnx_file, publication
 from pipeline.export.description import parse
+from pipeline.norm import PerActivationNorm
 from pipeline.run import exporting
 from tests.conftest import noise_image
 from tests.export.runs import NETWORKS, run_of
@@ -44,7 +45,8 @@ def test_an_exported_file_computes_what_the_network_does_and_says_so(run, form, 
     if form == "onnx":
         kinds = onnx_file.kinds(place / FILES[form])
         assert "BatchNormalization" not in kinds
-        assert kinds["Conv"] == {"bn_inception": 70, "inception": 69, "resnet50": 53}[run.model.name]
+        expected = {"bn_inception": 69 + (run.model.stem == "separable"), "inception": 69, "resnet50": 53}
+        assert kinds["Conv"] == expected[run.model.name]
         model = onnx.load(place / FILES[form])
         assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_param == "batch"
         assert parse({p.key: p.value for p in model.metadata_props}["pipeline"], form) == described
@@ -149,6 +151,17 @@ def test_what_is_asked_wrongly_is_one_line(shards, tmp_path, monkeypatch, capsys
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "onnxscript" else name)
     line = refused(capsys, 1, *here, "--format", "onnx")
     assert "onnxscript is not installed, which --format onnx needs; pip install 'pipeline[onnx]', or choose" in line
+
+
+def test_norms_of_single_activations_are_kept_where_asked_and_are_not_cadenes(shards, tmp_path, capsys):
+    config = run_of(shards, tmp_path, *NETWORKS["single activations"])
+    here = ["export", str(config.directory), "--images", "4"]
+    assert cli.main([*here, "--format", "safetensors", "--keep-norms"]) == 0
+    network, _ = load(config.directory / "export" / "safetensors" / FILES["safetensors"])
+    assert sum(isinstance(module, PerActivationNorm) for module in network.modules()) == 14
+    assert "trained with model.per_activation=2; choose another format" in refused(
+        capsys, 1, *here, "--format", "cadene"
+    )
 
 
 def test_an_export_is_replaced_only_by_force_and_never_by_half(tmp_path):
