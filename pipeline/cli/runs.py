@@ -118,6 +118,8 @@ def of_run(path: Path, overrides: Sequence[str] = ()) -> Config:
     from pipeline.launch.plan import RECORD
 
     config = read_config(path, overrides)
+    if any(word.startswith("model.init=") for word in overrides):  # which file it is has to be seen again
+        config = completed(config, model={"init_digest": ""})
     if (path.parent / RECORD).is_file():
         # An array finds runs that have names of their own by links.
         directory = path.parent.resolve() if path.parent.is_symlink() else path.parent

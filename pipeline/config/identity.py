@@ -17,11 +17,16 @@ CIRCUMSTANCE = (
     "trainer.on_nan", "trainer.spike_factor",
     "norm.compare",
 )  # fmt: skip
+PLACES = ("model.init",)  # where a file lies; what it holds is known by its digest
 
 
 def identity(config: Config) -> dict[str, Any]:
     """What the run is, by key: all but where it happens."""
-    return {key: value for key, value in by_key(dataclasses.asdict(config)).items() if not key.startswith(CIRCUMSTANCE)}
+    return {
+        key: value
+        for key, value in by_key(dataclasses.asdict(config)).items()
+        if not key.startswith(CIRCUMSTANCE) and key not in PLACES
+    }
 
 
 def differences(new: Config, old: Config) -> list[str]:

@@ -21,6 +21,10 @@ def checked(config: Config) -> Config:
     _choice("augment.photometric", c.augment.photometric, ("full", "reduced", "none"))
     _choice("optimizer.name", c.optimizer.name, ("sgd", "lars", "lamb"))
     _choice("schedule.form", c.schedule.form, ("exponential", "cosine", "polynomial"))
+    _choice("norm.frozen", c.norm.frozen, ("", "statistics", "all"))
+    if c.norm.frozen and not c.model.init:
+        raise ConfigError(f"norm.frozen = {c.norm.frozen} keeps statistics that nobody has taken; give the weights "
+                          "they belong to, model.init=FILE")  # fmt: skip
     _choice("trainer.precision", c.trainer.precision, ("32", "bf16", "64"))
     _choice("data.decoder", c.data.decoder, ("", "regions", "whole"))
     _choice("trainer.on_nan", c.trainer.on_nan, ("stop", "skip"))

@@ -28,9 +28,13 @@ class RunConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The network. All but name and dropout apply to our own networks only; to the mlp the activation and the gain."""
+    """The network. All but name, init and dropout apply to our own only; to the mlp the activation and the gain."""
 
     name: str = "bn_inception"  # bn_inception, inception, bn_mlp, mlp, or a torchvision classifier
+    init: str = (
+        ""  # file of weights to begin from: of a run, an export with norms, Cadene's or torchvision's; "" = random
+    )
+    init_digest: str = ""  # of that file, filled in when the run starts
     width: float = 1.0  # factor on all channels
     stem: str = "separable"  # separable and dense are 7x7/2; small is 3x3/1, for images of 16 to 64 pixels
     activation: str = "relu"  # relu or sigmoid
@@ -54,6 +58,8 @@ class NormConfig:
     precise_images: int = 8192  # training images for population statistics before a validation; 0 = running average
     precise_form: str = "batches"  # mean of their variances (Algorithm 2), or aggregate: one variance of all values
     compare: bool = False  # score each validation with running averages, too; what it computes then takes twice as long
+    frozen: str = ""  # statistics: those that were loaded serve in training, too, and are never estimated; all: nor are
+    # gamma and beta trained; "" = neither
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from pipeline import models
 from pipeline.export.deployed import Deployed, stripped
 from pipeline.export.description import PIXELS, Description, ExportError
 from pipeline.export.weights import read_tensors, write_tensors
-from pipeline.models.layouts import EPS, LayoutError, Mapped, from_cadene, mean_of, to_cadene
+from pipeline.models.layouts import EPS, MEAN_BGR, OPTIONS, LayoutError, Mapped, from_cadene, mean_of, to_cadene
 from pipeline.norm import SyncBatchNorm
 
 FILE, TABLE = "model.safetensors", "layout.csv"
@@ -24,19 +24,19 @@ SETTINGS = "pretrained_settings"  # in the header, under the names of pretrained
 
 def write(network: nn.Module, description: Description, path: Path) -> None:
     """Their tensors, how an image becomes their input, and beside it which layer became which. Raises ExportError."""
-    preprocessing = description.preprocessing
-    if count := description.options.get("per_activation"):
-        raise ExportError("--format cadene: their network has norms of whole channels alone, and this one was trained "
-                          f"with model.per_activation={count}; choose another format")  # fmt: skip
+    preprocessing, options = description.preprocessing, description.options
+    wanted = {**OPTIONS, "width": 1.0, "activation": "relu", "response_norm": False}
+    wrong = [f"model.{name} = {options.get(name)}" for name, value in wanted.items() if options.get(name) != value]
+    wrong += [f"model.per_activation = {count}"] if (count := options.get("per_activation")) else []
+    if description.name != "bn_inception" or wrong:
+        raise ExportError(
+            f"--format cadene: {', '.join(wrong) or f'model.name = {description.name}'} is not of that layout; "
+            "it takes bn_inception trained with model.stem=dense model.literal_fig5=true model.count_padding=true"
+        )
     try:
         tensors, rows = to_cadene(network.state_dict(), preprocessing.std, description.eps)
     except LayoutError as error:
         raise ExportError(f"--format cadene: {error}") from None
-    if description.options.get("activation", "relu") != "relu" or not description.options.get("count_padding"):
-        raise ExportError(
-            "--format cadene: their network has ReLU, and counts padding in average pools: train with "
-            "model.activation=relu model.count_padding=true, or choose another format"
-        )
     settings = {
         "input_space": "BGR", "input_size": [3, preprocessing.size, preprocessing.size], "input_range": [0, 255],
         "mean": [255 * value for value in reversed(preprocessing.mean)], "std": [1, 1, 1],
@@ -53,7 +53,7 @@ def load(path: Path) -> tuple[Deployed, int]:
     std = [1 / 255] * 3
     ours, rows = from_cadene(tensors, std)
     norm = partial(SyncBatchNorm, eps=EPS)
-    options: dict[str, Any] = {"stem": "dense", "literal_fig5": True, "count_padding": True}
+    options: dict[str, Any] = dict(OPTIONS)
     network = models.build("bn_inception", num_classes=rows[-1].shape[0], norm=norm, **options)
     network.load_state_dict(ours)
     return Deployed(stripped(network), mean, std, PIXELS).eval(), len(tensors)
@@ -68,7 +68,7 @@ def settings_of(header: dict[str, str]) -> dict[str, Any]:
             return settings
     except (KeyError, ValueError, TypeError):
         pass
-    return {"mean": [104.0, 117.0, 128.0]}
+    return {"mean": list(MEAN_BGR)}
 
 
 def write_table(rows: Sequence[Mapped], path: Path) -> None:

@@ -26,8 +26,12 @@ BATCHES, AGGREGATE = FORMS = ("batches", "aggregate")
 
 
 def tracked_norms(module: nn.Module) -> list[Norm]:
-    """Every norm of the module that keeps running statistics, in the order of its modules."""
-    return [m for m in module.modules() if isinstance(m, Norm) and m.running_mean is not None]
+    """Every norm of the module that keeps running statistics and is not frozen, in the order of its modules."""
+    return [
+        m
+        for m in module.modules()
+        if isinstance(m, Norm) and m.running_mean is not None and not getattr(m, "frozen", False)
+    ]
 
 
 @torch.no_grad()

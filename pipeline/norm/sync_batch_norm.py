@@ -59,6 +59,7 @@ class SyncBatchNorm(nn.Module):
         self.num_features, self.eps, self.momentum = num_features, eps, momentum
         self.affine, self.track_running_stats = affine, track_running_stats
         self.group_size, self.activation = group_size, activation
+        self.frozen = False  # set by freezing.freeze: the running statistics serve in training, too
         self.reverts_to: Callable[..., nn.modules.batchnorm._BatchNorm] = nn.BatchNorm2d
         self._observers: list[Observer] = []
         self._lookers: list[Looker] = []
@@ -68,6 +69,11 @@ class SyncBatchNorm(nn.Module):
         self.register_buffer("running_mean", torch.zeros(num_features) if tracked else None)
         self.register_buffer("running_var", torch.ones(num_features) if tracked else None)
         self.register_buffer("num_batches_tracked", torch.tensor(0) if tracked else None)
+
+    def train(self, mode: bool = True) -> SyncBatchNorm:
+        """As nn.Module's; one that is frozen stays in evaluation mode."""
+        super().train(mode and not self.frozen)
+        return self
 
     def reset_running_stats(self) -> None:
         """Forget all batches seen: mean 0, variance 1."""

@@ -28,6 +28,7 @@ from pipeline.launch.plan import add_to_start, note_start
 from pipeline.run import reports
 from pipeline.run.assembly import Assembly, assemble, build_trainer, device_name
 from pipeline.run.failures import explained, interruptible
+from pipeline.run.initial import initialize
 from pipeline.run.reports import announce, statistics_used, summarize, table
 from pipeline.run.watching import build_reporters, build_watch, reporting
 from pipeline.training.checkpoint import clear, newest, set_aside
@@ -83,11 +84,15 @@ def _start(run: Assembly, console: Console) -> Path | None:
     say = run.checkpoints.say = partial(console.print, highlight=False, soft_wrap=True)
     directory = run.checkpoints.directory
     start, faults = newest(directory, identity(run.config))
+    initial = initialize(run.classifier.model, run.config) if run.config.model.init and start is None else None
     if run.world.leads:
         clear(directory)
         for path, fault in faults.items():
             say(f"WARNING: {path} is passed over, and now called {set_aside(path).name}: {fault}")
         announce(run, start, console)
+        if initial is not None:
+            say(initial.line(run.config))
+            initial.keep(run.config.directory)
         code = code_state()
         code.keep(run.config.directory / CODE)
         add_to_start(run.config.directory, **code.origin)

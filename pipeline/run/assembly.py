@@ -26,7 +26,7 @@ from pipeline.data.shards import DataError
 from pipeline.launch.environment import LaunchedEnvironment
 from pipeline.launch.plan import worker_count
 from pipeline.models.registry import DENSE, MODELS
-from pipeline.norm import PerActivationNorm, SyncBatchNorm, convert
+from pipeline.norm import PerActivationNorm, SyncBatchNorm, convert, freeze
 from pipeline.training.checkpoint import Checkpoints
 from pipeline.training.checkpoint_io import CheckpointFiles
 from pipeline.training.classifier import Classifier
@@ -123,7 +123,15 @@ def build_data(config: Config, world: World) -> ImageData:
 
 
 def build_model(config: Config) -> torch.nn.Module:
-    """The network with its norms: ours are handed a factory, torchvision's are converted."""
+    """The network with its norms, frozen ones in evaluation mode for good."""
+    network = _build_network(config)
+    if config.norm.frozen:
+        freeze(network, config.norm.frozen)
+    return network
+
+
+def _build_network(config: Config) -> torch.nn.Module:
+    """Our networks are handed a factory of norms, torchvision's are converted."""
     model, norm, options = config.model, config.norm, model_options(config)
     if model.name in MODELS:
         how: dict[str, Any] = {"group_size": norm.group_size, "momentum": norm.momentum, "eps": norm.eps}

@@ -75,6 +75,8 @@ def summarize(run: Assembly, steps: int, elapsed: float, console: Console) -> No
 
 
 def statistics_used(config: Config) -> str:
+    if config.norm.frozen:
+        return "frozen, as they were loaded"
     images = config.norm.precise_images
     return f"population, {images:,} training images at most" if images else RUNNING
 

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from pipeline import cli
 from pipeline.export import ExportError, graph, load, onnx_file, publication
 from pipeline.export.description import parse
+from pipeline.export.weights import read_tensors
 from pipeline.norm import PerActivationNorm
 from pipeline.run import exporting
 from tests.conftest import noise_image
@@ -114,6 +115,30 @@ def test_the_snippet_of_a_model_card_runs_and_gives_the_networks_answer(
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
+def test_a_run_in_cadenes_layout_is_the_same_network_under_their_names(shards, tmp_path, monkeypatch):
+    options = ["model.stem=dense", "model.literal_fig5=true", "model.count_padding=true", "data.image_size=32"]
+    config = run_of(shards, tmp_path, *options)
+    place = tmp_path / "cadene"
+    words = ["--format", "cadene", "--output", str(place), "--images", "4"]
+    assert cli.main(["export", str(config.directory), *words]) == 0
+    tensors, header = read_tensors(place / "model.safetensors")
+    assert tensors["conv1_7x7_s2.bias"].shape == (64,)
+    settings = json.loads(header["pretrained_settings"])
+    assert settings["input_space"] == "BGR"
+    assert settings["mean"] == pytest.approx([255 * 0.406, 255 * 0.456, 255 * 0.485])
+    table = (place / "layout.csv").read_text().splitlines()
+    assert table[1].startswith('"conv1_7x7_s2, conv1_7x7_s2_bn",stem.0,64x3x7x7,"RGB to BGR, our scale to 0..255')
+    assert len(table) == 71
+    code = re.search(r"```python\n(.*?)```", (place / "README.md").read_text(), re.DOTALL)[1]
+    (place / "photo.jpg").write_bytes(noise_image(3, 40, 36))
+    monkeypatch.chdir(place)
+    (place / "snippet.py").write_text(code)
+    left = runpy.run_path("snippet.py")
+    assert left["weights"].keys() == tensors.keys()
+    assert left["images"].shape == (1, 3, 32, 32)
+    assert left["images"].dtype == np.float32
+
+
 def test_a_file_that_computes_something_else_is_not_kept(shards, tmp_path, monkeypatch, capsys):
     config = run_of(shards, tmp_path, "model.stem=small", "model.width=0.125", "data.image_size=16")
     faithful = exporting.folded
@@ -140,7 +165,10 @@ def test_what_is_asked_wrongly_is_one_line(shards, tmp_path, monkeypatch, capsys
         capsys, 2, *here, "--format", "safetensors", "--input", "normalized"
     )
     assert "--checkpoint best: there is none" in refused(capsys, 2, *here, "--format", "onnx", "--checkpoint", "best")
-    assert "the network is not of Cadene's layout" in refused(capsys, 1, *here, "--format", "cadene")
+    assert (
+        "model.stem = small, model.literal_fig5 = False, model.count_padding = False, model.width = 0.125"
+        in refused(capsys, 1, *here, "--format", "cadene")
+    )
     assert not list((config.directory / "export").iterdir())
     place = tmp_path / "other"
     place.mkdir()
@@ -150,7 +178,7 @@ def test_what_is_asked_wrongly_is_one_line(shards, tmp_path, monkeypatch, capsys
     assert (place / "thesis.tex").exists()
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "onnxscript" else name)
     line = refused(capsys, 1, *here, "--format", "onnx")
-    assert "onnxscript is not installed, which --format onnx needs; pip install 'pipeline[onnx]', or choose" in line
+    assert "not installed, and needed for --format onnx: onnxscript; pip install 'pipeline[onnx]', or" in line
 
 
 def test_norms_of_single_activations_are_kept_where_asked_and_are_not_cadenes(shards, tmp_path, capsys):
@@ -159,9 +187,7 @@ def test_norms_of_single_activations_are_kept_where_asked_and_are_not_cadenes(sh
     assert cli.main([*here, "--format", "safetensors", "--keep-norms"]) == 0
     network, _ = load(config.directory / "export" / "safetensors" / FILES["safetensors"])
     assert sum(isinstance(module, PerActivationNorm) for module in network.modules()) == 14
-    assert "trained with model.per_activation=2; choose another format" in refused(
-        capsys, 1, *here, "--format", "cadene"
-    )
+    assert "model.per_activation = 2 is not of that layout" in refused(capsys, 1, *here, "--format", "cadene")
 
 
 def test_an_export_is_replaced_only_by_force_and_never_by_half(tmp_path):
