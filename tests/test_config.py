@@ -47,6 +47,7 @@ def test_every_file_of_the_axes_is_a_page_with_its_command():
         "smoke",
         "mlp_sigmoid",
         "mlp_sigmoid_bn",
+        "fine_tune",
     }
     assert set(DATA) == {"digits", "cifar10", "mnist", "imagenet", "folder"}
     for recipe in RECIPES:
@@ -70,6 +71,7 @@ def test_recipes_carry_the_papers_values():
     assert rates == {
         "inception": 0.0015, "bn_baseline": 0.0015, "bn_x5": 0.0075, "bn_x30": 0.045, "bn_x5_sigmoid": 0.0075,
         "smoke": 0.0075, "mlp_sigmoid": 0.1, "mlp_sigmoid_bn": 0.1, **dict.fromkeys(MEMBERS, 0.045),
+        "fine_tune": 0.00125,
     }  # fmt: skip
     baseline = values["bn_baseline"]
     for name in ("bn_x5", "bn_x30", "bn_x5_sigmoid"):

@@ -93,6 +93,15 @@ def patient(shards, tmp_path, monkeypatch):
     return Patient(Path(shutil.copytree(shards, tmp_path / "shards")), monkeypatch)
 
 
+def weights_that_do_not_fit(p: Patient) -> None:
+    torch.save({"stem.0.conv.weight": torch.zeros(4, 3, 3, 3)}, "weights.pth")
+    p.words = ("model.init=weights.pth",)
+
+
+def weights_that_are_not_there(p: Patient) -> None:
+    p.words = ("recipe=fine_tune",)
+
+
 def no_validation_images(p: Patient) -> None:
     whole = read_manifest(p.shards)
     write_manifest(p.shards, whole.classes, {"train": whole.splits["train"]}, whole.samples, whole.plan)
@@ -227,6 +236,8 @@ PLANTED = [
     (typed("data.root=nowhere"), 3, "fault", "data.root = nowhere does not exist", "pipeline shards write SOURCE"),
     (typed("cluster.accelerator=cuda", "cluster.devices=4"), 2, "fault", "cluster.devices = 4, and", "nvidia-smi"),
     (typed("tracking.mode=online"), 2, "fault", "tracking.mode = online, and there is no key", "set WANDB_API_KEY"),
+    (weights_that_do_not_fit, 2, "fault", "does not fit bn_inception as it is configured", "set model.* as the file"),
+    (weights_that_are_not_there, 2, "fault", "model.init = WEIGHTS is no file", "give the .safetensors"),
     (no_validation_images, 3, "fault", "has no split 'val'", "--holdout 0.1"),
     (typed("data.source=digits", "data.root=/proc/none"), 3, "fault", "/proc/none cannot be made", "give a"),
     (missing_shard, 3, "fault", "lacks train-000001.tar", "bring the shards back"),

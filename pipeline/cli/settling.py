@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.cli.progress import Progress
@@ -32,7 +31,10 @@ def settle(config: Config, *, elsewhere: bool = False) -> tuple[Config, Dataset]
     from pipeline.data.read_ahead import check_room
     from pipeline.data.shards import MANIFEST, DataError, difference, read_manifest
 
-    config = _with_initial_digest(config)
+    if config.model.init:
+        from pipeline.run.initial import with_digest
+
+        config = with_digest(config)
     data = config.data
     location = Location(*data.location)
     if location.unset_variables and elsewhere:
@@ -71,21 +73,3 @@ def settle(config: Config, *, elsewhere: bool = False) -> tuple[Config, Dataset]
     return completed(
         config, data={"num_classes": classes, "digest": manifest.digest, "decoder": data.decoder or DECODER}
     ), dataset
-
-
-def _with_initial_digest(config: Config) -> Config:
-    """The config with the digest of model.init. A run that has begun knows it, and does not need the file any more."""
-    from pipeline.config import ConfigError, completed, read_config
-    from pipeline.data.shards import file_sha256
-    from pipeline.launch.plan import CONFIG, STARTED
-
-    model, frozen = config.model, config.directory / CONFIG
-    if not model.init or model.init_digest:
-        return config
-    if Path(model.init).is_file():
-        return completed(config, model={"init_digest": file_sha256(Path(model.init))})
-    if frozen.is_file() and (config.directory / STARTED).is_file():
-        begun = read_config(frozen).model
-        if begun.init == model.init:
-            return completed(config, model={"init_digest": begun.init_digest})
-    raise ConfigError(f"model.init = {model.init} is no file; give the .safetensors, .pth or .ckpt file to begin from")

@@ -45,6 +45,7 @@ from pipeline.launch.targets import cloud_task, container_of, slurm_job
 from pipeline.models.registry import check_name
 from pipeline.norm import SyncBatchNorm
 from pipeline.run.assembly import build_descent, build_model, build_schedule
+from pipeline.run.initial import initialize, with_digest
 from pipeline.training.classifier import Classifier
 from pipeline.training.loss import Loss
 
@@ -129,6 +130,8 @@ def _checks(p: _Patient) -> Iterator[Check]:
     yield "versions", "JPEG extension", lambda: versions.check_decoder(p.config.data.decoder, DECODER == REGIONS)
     yield from _data_checks(p)
     yield "arithmetic", "model", lambda: _model(p)  # whose size depends on the classes of the data
+    if p.config.model.init:
+        yield "arithmetic", "weights", lambda: _weights(p)
     yield from _arithmetic_checks(p)
     yield from _directory_checks(p)
     yield "tracking", "W&B", lambda: _tracking(p.config)
@@ -197,7 +200,7 @@ def _arithmetic_checks(p: _Patient) -> Iterator[Check]:
         yield "arithmetic", "batch", lambda: arithmetic.check_batch(data.global_batch_size, p.images)
     yield "arithmetic", "shares", lambda: arithmetic.check_shares(p.cut)
     if p.model is not None:
-        normalized = any(isinstance(module, SyncBatchNorm) for module in p.model.modules())
+        normalized = any(isinstance(m, SyncBatchNorm) and not m.frozen for m in p.model.modules())
         yield "arithmetic", "statistics", lambda: arithmetic.check_statistics(p.cut, normalized)
     if p.images >= data.global_batch_size:
         yield (
@@ -356,6 +359,19 @@ def _model(p: _Patient) -> Iterator[Finding]:
         return
     parameters = sum(parameter.numel() for parameter in p.model.parameters())
     yield ok("model", f"{p.config.model.name}, {parameters:,} parameters")
+
+
+def _weights(p: _Patient) -> Iterator[Finding]:
+    """Whether a run can begin from model.init, by doing so."""
+    config = p.config
+    if config.run.id and (config.directory / STARTED).exists():
+        yield ok("weights", "the run has begun, and needs the file of model.init no more")
+        return
+    try:
+        config = with_digest(completed(config, data={"num_classes": p.classes or 1000}))
+        yield ok("weights", initialize(build_model(config), config).line(config))
+    except (ConfigError, ValueError) as error:
+        yield of_message("weights", error)
 
 
 def _change(p: _Patient) -> str:

@@ -28,7 +28,7 @@ from pipeline.launch.plan import add_to_start, note_start
 from pipeline.run import reports
 from pipeline.run.assembly import Assembly, assemble, build_trainer, device_name
 from pipeline.run.failures import explained, interruptible
-from pipeline.run.initial import initialize
+from pipeline.run.initial import TABLE, initialize
 from pipeline.run.reports import announce, statistics_used, summarize, table
 from pipeline.run.watching import build_reporters, build_watch, reporting
 from pipeline.training.checkpoint import clear, newest, set_aside
@@ -91,7 +91,7 @@ def _start(run: Assembly, console: Console) -> Path | None:
             say(f"WARNING: {path} is passed over, and now called {set_aside(path).name}: {fault}")
         announce(run, start, console)
         if initial is not None:
-            say(initial.line(run.config))
+            say(f"{initial.line(run.config)}; all of them in {run.config.directory / TABLE}")
             initial.keep(run.config.directory)
         code = code_state()
         code.keep(run.config.directory / CODE)

@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.config import Config, ConfigError
+from pipeline.config import Config, ConfigError, completed, read_config
 from pipeline.data.shards import file_sha256
 from pipeline.export import ExportError
 from pipeline.export.description import FOLDED, parse
 from pipeline.export.layout_file import settings_of, write_table
 from pipeline.export.weights import KEY, read_tensors
+from pipeline.launch.plan import CONFIG, STARTED
 from pipeline.models.layouts import EPS, OPTIONS, LayoutError, Mapped, from_cadene, is_cadene, mean_of
 from pipeline.norm.population import tracked_norms
 from pipeline.training.checkpoint_io import STAMP
@@ -28,6 +29,23 @@ _AUXILIARY = ("auxiliary.", "AuxLogits.", "aux1.", "aux2.")  # heads that help i
 _TRACKED = "num_batches_tracked"  # files of old have none
 _WRAPPERS = ("state_dict", "model")  # what others' checkpoints keep weights under
 _PREFIXES = ("module.", "model.")  # what DDP and Lightning put before every name
+
+
+def with_digest(config: Config) -> Config:
+    """The config with the digest of model.init. A run that has begun knows it, and does not need the file any more.
+
+    Raises ConfigError where the file is needed, and is none.
+    """
+    model, frozen = config.model, config.directory / CONFIG
+    if not model.init or model.init_digest:
+        return config
+    if Path(model.init).is_file():
+        return completed(config, model={"init_digest": file_sha256(Path(model.init))})
+    if frozen.is_file() and (config.directory / STARTED).is_file():
+        begun = read_config(frozen).model
+        if begun.init == model.init:
+            return completed(config, model={"init_digest": begun.init_digest})
+    raise ConfigError(f"model.init = {model.init} is no file; give the .safetensors, .pth or .ckpt file to begin from")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +63,7 @@ class Initial:
             parts.append(f"new: {', '.join(self.new)}, of {config.data.num_classes} classes")
         if self.left:
             parts.append(f"left out: {', '.join(self.left)}")
-        return f"{'; '.join(parts)}; all of them in {config.directory / TABLE}"
+        return "; ".join(parts)
 
     def keep(self, directory: Path) -> None:
         """Write the table into the run's directory."""
