@@ -194,6 +194,15 @@ def test_optimizers_and_curves_that_cannot_be_are_refused_where_the_user_types()
     )
 
 
+def test_images_that_cannot_grow_are_refused_where_the_user_types():
+    growing = ("data=folder", "data.root=x", "augment.first_size=160", "augment.growth_epochs=3")
+    assert compose_config(growing).augment.size_step == 32
+    assert "does not grow to data.image_size = 128" in refused(*growing, "data.image_size=128")
+    assert "leaves no epoch" in refused(*growing, "augment.growth_epochs=0")
+    assert "takes images of one size" in refused(*growing, "model.name=mlp")
+    assert "augment.mixup = 3.0 must lie between 0 and 2" in refused("augment.mixup=3")
+
+
 def test_a_run_needs_an_end():
     assert "the run would not end" in refused("trainer.max_epochs=-1")
 

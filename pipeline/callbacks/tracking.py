@@ -32,13 +32,14 @@ class Reporter(Protocol):
 class Circumstance:
     """Where a start happens. began: seconds since 1970, when the run first began.
 
-    operations: of a step for an image, on a device that can do `peak` a second; 0 where one is not known.
+    operations: of a step for an image, epoch by epoch, the last one's for all later ones, on a device that can do
+    `peak` a second; () or 0 where one is not known.
     """
 
     ranks: int = 1
     nodes: int = 1
     began: float = 0.0
-    operations: float = 0.0
+    operations: tuple[float, ...] = ()
     peak: float = 0.0
 
 
@@ -54,7 +55,7 @@ class Tracking(lightning.Callback):
         self.stragglers = stragglers
         self.throughput, self.every_steps, self.reporters = throughput, every_steps, reporters
         self.circumstance, self.global_batch_size = circumstance, global_batch_size
-        self.epochs_per_step = global_batch_size / images
+        self.epochs_per_step, self.steps_per_epoch = global_batch_size / images, images // global_batch_size
         self.validated_step = -1  # the step of the last validation
         self._classifier: Classifier | None = None
         self._open_sums: list[float] | None = None
@@ -93,7 +94,7 @@ class Tracking(lightning.Callback):
             self._useful += spent.step
             ranks = self.stragglers.add(step, self.throughput.steps, self.throughput.by_rank) if self.stragglers else {}
             self._report(step, "train", scores, pl_module.device, rate=pl_module.schedule(step - 1),
-                         **self._speed(scores.images, spent), **ranks)  # fmt: skip
+                         **self._speed(step, scores.images, spent), **ranks)  # fmt: skip
         self._step = step
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
@@ -105,8 +106,12 @@ class Tracking(lightning.Callback):
             self._report(trainer.global_step, "val", pl_module.scores, pl_module.device,
                          span=self.throughput.validation(), **running)  # fmt: skip
 
-    def _speed(self, images: int, spent: Spent) -> dict[str, float | None]:
+    def _speed(self, step: int, images: int, spent: Spent) -> dict[str, float | None]:
         here, span = self.circumstance, max(spent.span, 1e-9)
+        operations = 0.0  # of an image in the mean of the row's steps: images may grow with the epochs
+        if here.operations:
+            epochs = [(s // max(self.steps_per_epoch, 1)) for s in range(max(step - self.every_steps, 0), step)]
+            operations = sum(here.operations[min(e, len(here.operations) - 1)] for e in epochs) / len(epochs)
         images_per_s = images / span
         return {
             "images_per_s": images_per_s,
@@ -115,7 +120,7 @@ class Tracking(lightning.Callback):
             "gradient_wait": spent.gradients / span,
             "checkpoint_wait": spent.checkpoint / span,
             "span": spent.span,
-            "mfu": images_per_s * here.operations / (here.peak * here.ranks) if here.peak and here.operations else None,
+            "mfu": images_per_s * operations / (here.peak * here.ranks) if here.peak and operations else None,
         }
 
     def _report(self, step: int, split: str, scores: Scores, device: torch.device, **speed: float | None) -> None:

@@ -66,6 +66,7 @@ def checked(config: Config) -> Config:
             f"choose one of {divisors}, or 0 for all"
         )
     _check_descent(c)
+    _check_growth(c)
     if c.trainer.spike_factor and c.trainer.spike_factor <= 1:
         raise ConfigError(f"trainer.spike_factor = {c.trainer.spike_factor} would take every loss for a spike; it must "
                           "be above 1, or 0 for none")  # fmt: skip
@@ -99,6 +100,21 @@ def _check_descent(c: Config) -> None:
         raise ConfigError(f"schedule.warmup_epochs = {schedule.warmup_epochs:g} leaves nothing of the {epochs:g} "
                           f"epochs of the {schedule.form} (schedule.epochs, or trainer.max_epochs); lower it"
                           )  # fmt: skip
+
+
+def _check_growth(c: Config) -> None:
+    augment, full = c.augment, c.data.image_size
+    if not augment.first_size:
+        return
+    if augment.first_size >= full:
+        raise ConfigError(f"augment.first_size = {augment.first_size} does not grow to data.image_size = {full}; lower "
+                          "it, or set it to 0")  # fmt: skip
+    if not augment.growth_epochs:
+        raise ConfigError("augment.growth_epochs = 0 leaves no epoch for augment.first_size; set it to the epochs in "
+                          "which images grow, or first_size to 0")  # fmt: skip
+    if c.model.name in ("bn_mlp", "mlp"):
+        raise ConfigError(f"augment.first_size = {augment.first_size} is not for model.name = {c.model.name}, which "
+                          "takes images of one size; set it to 0, or choose another model")  # fmt: skip
 
 
 # A variable of a secret's name, given anything but what another variable or command says.
@@ -225,7 +241,8 @@ _LEAST = {
     "norm.precise_images": 0, "data.num_classes": 0, "data.image_size": 1,
     "data.global_batch_size": 1, "data.micro_batch_size": 0, "data.window": 0, "data.cache_gb": 0,
     "optimizer.rate_batch_size": 1,
-    "schedule.epochs": 0,
+    "schedule.epochs": 0, "augment.operations": 0, "augment.magnitude_spread": 0, "augment.first_size": 0,
+    "augment.size_step": 1, "augment.growth_epochs": 0,
     "optimizer.weight_decay": 0, "schedule.warmup_epochs": 0, "loss.auxiliary_weight": 0, "trainer.max_epochs": -1,
     "trainer.max_steps": -1, "trainer.threads": 0, "trainer.validate_every_epochs": 0,
     "trainer.checkpoint_every_steps": 0, "trainer.checkpoint_every_minutes": 0, "trainer.keep_checkpoints": 1,
@@ -245,7 +262,8 @@ _POSITIVE = (
 _BETWEEN = {
     "seed": (0, 2**32 - 1), "model.dropout": (0, 0.999), "model.per_activation": (0, 10),
     "norm.momentum": (0, 1), "data.evaluation_crop": (0.05, 1), "data.bad_samples": (0, 1),
-    "augment.area_min": (0, 1), "docker.port": (1024, 65535),
+    "augment.area_min": (0, 1), "augment.magnitude": (0, 10), "augment.mixup": (0, 2), "augment.cutmix": (0, 2),
+    "docker.port": (1024, 65535),
     "schedule.final_factor": (0, 1), "schedule.warmup_factor": (0, 1), "optimizer.second_momentum": (0, 0.99999),
     "tracking.goodput_alert": (0, 1), "optimizer.momentum": (0, 0.9999), "loss.label_smoothing": (0, 0.999),
 }  # fmt: skip

@@ -99,6 +99,14 @@ class AugmentConfig:
     area_min: float = 0.08  # smallest crop, fraction of the image's area; 1 = the whole image
     flip: bool = True
     photometric: str = "full"  # full, reduced or none
+    operations: int = 0  # RandAugment: operations an image, behind the crop; 0 = none
+    magnitude: float = 9.0  # of these operations, 0 to 10
+    magnitude_spread: float = 0.5  # standard deviation of an operation's own magnitude
+    mixup: float = 0.0  # alpha of the Beta(alpha, alpha) share of two images' pixels; 0 = none
+    cutmix: float = 0.0  # alpha of the share of a box of one image in another; 0 = none. Both: half the images each
+    first_size: int = 0  # pixels a side in the first epoch, growing to data.image_size; 0 = that from the first on
+    size_step: int = 32  # pixels by which images grow
+    growth_epochs: float = 0.0  # until images have their full size
 
 
 @dataclass(frozen=True, kw_only=True)

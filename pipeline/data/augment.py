@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -21,9 +21,11 @@ from torch import Tensor, nn
 
 from pipeline.data.decode import Box, Pixels, decode_region
 from pipeline.data.keyed_random import mixed, uniforms
+from pipeline.data.mixing import Mixing
+from pipeline.data.policy import Policy
 
 PHOTOMETRIC = {"full": 0.5, "reduced": 0.25, "none": 0.0}  # the paper gives no extent for "reduced": half is ours
-_CROP, _VARIATION = 1, 2  # what an image's key is for
+_CROP, _VARIATION = 1, 2  # what an image's key is for; mixing.py has 3, policy.py 4
 
 
 class Variation(NamedTuple):
@@ -39,6 +41,27 @@ UNCHANGED = Variation()
 
 
 @dataclass(frozen=True, slots=True)
+class Growth:
+    """Images that grow with the epochs: `first` pixels a side in the first one, by `step` at a time, whole in `epochs`.
+
+    Progressive resizing (Howard 2018), as FFCV's recipes do it: an epoch has one size.
+    """
+
+    first: int
+    step: int
+    epochs: float
+
+    def size(self, epoch: int, full: int) -> int:
+        """Pixels a side in an epoch, counted from 0."""
+        done = min(epoch / self.epochs, 1.0)
+        return full if done >= 1 else self.first + int((full - self.first) * done / self.step) * self.step
+
+    def sizes(self, full: int) -> list[int]:
+        """All that there are, in their order."""
+        return sorted({self.size(epoch, full) for epoch in range(math.ceil(self.epochs) + 1)})
+
+
+@dataclass(frozen=True, slots=True)
 class Augmentation:
     """size: pixels a side of the output. area_min: smallest crop, fraction of the image; 1 = the whole image."""
 
@@ -47,10 +70,20 @@ class Augmentation:
     flip: bool = True
     photometric: str = "full"
     decoder: str = ""  # see decode.decode_region
+    policy: Policy | None = None
+    mixing: Mixing | None = None
+    growth: Growth | None = None
+
+    def at(self, epoch: int) -> Augmentation:
+        """What it is in an epoch; below 0, of images to estimate statistics of: of full size, by no policy, unmixed."""
+        if epoch < 0:
+            return replace(self, policy=None, mixing=None, growth=None)
+        return self if self.growth is None else replace(self, size=self.growth.size(epoch, self.size), growth=None)
 
     def crop(self, payload: bytes, key: int) -> Pixels:
         """The training crop (size, size, 3) of an image's bytes. Raises DecodeError."""
-        return resized(decode_region(payload, partial(self.box, key=key), self.size, self.decoder), self.size)
+        pixels = resized(decode_region(payload, partial(self.box, key=key), self.size, self.decoder), self.size)
+        return pixels if self.policy is None else self.policy.applied(pixels, key)
 
     def box(self, width: int, height: int, key: int) -> Box:
         """Which part of an image the crop shows."""

@@ -16,17 +16,20 @@ from torch import Tensor
 from pipeline.data.augment import UNCHANGED, Variation
 from pipeline.data.decode import Pixels
 from pipeline.data.keyed_random import signed
+from pipeline.data.mixing import UNMIXED, Mix
 
 
 class Batch(NamedTuple):
     """One rank's images of a (micro-)batch."""
 
-    image_NCHW: Tensor  # uint8, channels last in memory
+    image_NCHW: Tensor  # uint8, channels last in memory; where images are mixed, partners that others hold follow
     label_N: Tensor  # int64
     key_N: Tensor  # int64, hash of (seed, epoch, sample): keys the dropout
-    variation_NV: Tensor  # float64, flip, brightness, contrast and saturation, for augment.Preparation
+    variation_NV: Tensor  # float64, for augment.Preparation: flip, brightness, contrast, saturation; of partners, too
     weight_N: Tensor  # float32, 1 for an image, 0 for padding
     sample_N: Tensor  # int64, number of the sample in its split
+    partner_N2: Tensor  # int64, rows further on where its partner is, 0 = none, and the partner's label
+    mix_N5: Tensor  # float64, a mixing.Mix
 
 
 def share(total: int, parts: int, part: int) -> range:
@@ -58,11 +61,17 @@ def collate(
     samples: Sequence[int],
     size: int,
     padded_to: int = 0,
+    partners: Sequence[tuple[int, int]] = (),
+    mixes: Sequence[Mix] = (),
 ) -> Batch:
-    """A Batch of images (size, size, 3), filled up with black images of weight 0 to padded_to."""
-    real, total = len(images), max(len(images), padded_to)
-    pixels_NHWC = np.empty((total, size, size, 3), dtype=np.uint8)
-    pixels_NHWC[real:] = 0
+    """A Batch of images (size, size, 3), filled up with black images of weight 0 to padded_to.
+
+    partners, mixes: of each label's image; then images and variations may be more, of partners that others hold.
+    """
+    real, total = len(labels), max(len(labels), padded_to)
+    rows = max(len(images), total)
+    pixels_NHWC = np.empty((rows, size, size, 3), dtype=np.uint8)
+    pixels_NHWC[len(images) :] = 0
     for row, image in enumerate(images):
         pixels_NHWC[row] = image
     padding = [0] * (total - real)
@@ -72,7 +81,9 @@ def collate(
         torch.from_numpy(pixels_NHWC).permute(0, 3, 1, 2),
         torch.tensor([*labels, *padding], dtype=torch.int64),
         torch.tensor([*map(signed, keys), *padding], dtype=torch.int64),
-        torch.tensor([*variations, *[UNCHANGED] * len(padding)], dtype=torch.float64).view(total, len(UNCHANGED)),
+        torch.tensor([*variations, *[UNCHANGED] * len(padding)], dtype=torch.float64).view(rows, len(UNCHANGED)),
         weight_N,
         torch.tensor([*samples, *padding], dtype=torch.int64),
+        torch.tensor([*partners], dtype=torch.int64).view(-1, 2) if partners else torch.zeros(total, 2).long(),
+        torch.tensor([*mixes] or [UNMIXED] * total, dtype=torch.float64).view(total, len(UNMIXED)),
     )

@@ -25,6 +25,7 @@ from pipeline.data.batch import Batch, collate, micro_batches, rank_places, shar
 from pipeline.data.dataset import Dataset as Source
 from pipeline.data.images import Fault, Images, open_images
 from pipeline.data.keyed_random import mixed
+from pipeline.data.mixing import partner
 from pipeline.data.order import Order
 from pipeline.data.parent import PREFETCHED, end_with_parent
 from pipeline.data.read_ahead import ReadAhead
@@ -52,6 +53,14 @@ class Batching:
         """Micro-batches a global batch is cut into: forward and backward passes an optimizer step."""
         return micro_batches(self.global_batch_size, self.world, self.micro_batch_size)
 
+    def first(self, number: int) -> int:
+        """Place in the epoch of the global batch to which the number-th micro-batch belongs."""
+        return number // self.pieces * self.global_batch_size
+
+    def places(self, number: int, rank: int) -> range:
+        """Places within that global batch that a rank has of the micro-batch."""
+        return rank_places(self.global_batch_size, self.pieces, number % self.pieces, self.world, rank)
+
 
 class Place(NamedTuple):
     """Which item: the number-th micro-batch of an epoch, or, in epoch None, the number-th of a validation."""
@@ -65,10 +74,7 @@ Item = tuple[Batch, list[Fault]]
 
 def planned(order: Order, batching: Batching, epoch: int, number: int, rank: int) -> list[int]:
     """Samples that a rank has of the number-th micro-batch of an epoch; where one is bad, another stands in for it."""
-    b = batching
-    step, piece = divmod(number, b.pieces)
-    places = rank_places(b.global_batch_size, b.pieces, piece, b.world, rank)
-    return [order.sample(epoch, step * b.global_batch_size + place) for place in places]
+    return [order.sample(epoch, batching.first(number) + place) for place in batching.places(number, rank)]
 
 
 def sample_names(split: Split, batching: Batching) -> Callable[[int, int, int], list[str]]:
@@ -89,21 +95,29 @@ class TrainShares:
         self.order = Order(images.split.shard_counts, seed=batching.seed, window=batching.window)
 
     def load(self, epoch: int, number: int) -> Item:
-        b = self.batching
-        ordered = planned(self.order, b, epoch, number, b.rank)
+        b, augment = self.batching, self.augment.at(epoch)
+        places = b.places(number, b.rank)
+        partners = [partner(place, b.global_batch_size) if augment.mixing else place for place in places]
+        lacking = sorted({*partners} - {*places})  # at most one beyond either end: other ranks hold them
+        ordered = [self.order.sample(epoch, b.first(number) + place) for place in (*places, *lacking)]
         keys = [mixed(b.seed, epoch, sample, _AUGMENT) for sample in ordered]
         faults: list[Fault] = []
         pixels, samples = [], []
-        for sample, key in zip(ordered, keys, strict=True):
-            image, loaded, met = self.images.load_or_substitute(
-                sample, partial(self.augment.crop, key=key), b.seed, epoch
-            )
+        for row, (sample, key) in enumerate(zip(ordered, keys, strict=True)):
+            image, loaded, met = self.images.load_or_substitute(sample, partial(augment.crop, key=key), b.seed, epoch)
             pixels.append(image)
             samples.append(loaded)
-            faults += met
+            faults += met if row < len(places) else []  # each is reported by the rank that trains on it
         labels = [int(self.images.split.label_S[s]) for s in samples]
-        variations = [self.augment.variation(key) for key in keys]
-        return collate(pixels, labels, keys, variations, samples, self.augment.size), faults
+        variations = [augment.variation(key) for key in keys]
+        own, size = len(places), augment.size
+        if augment.mixing is None:
+            return collate(pixels, labels, keys, variations, samples, size), faults
+        row_of = {place: row for row, place in enumerate((*places, *lacking))}
+        mates = [(row_of[place] - row, labels[row_of[place]]) for row, place in enumerate(partners)]
+        mixes = [augment.mixing.draw(key, size) for key in keys[:own]]
+        batch = collate(pixels, labels[:own], keys[:own], variations, samples[:own], size, partners=mates, mixes=mixes)
+        return batch, faults
 
 
 class EvaluationShares:

@@ -28,6 +28,7 @@ from pipeline.data.augment import Augmentation
 from pipeline.data.batch import micro_batches
 from pipeline.data.dataset import Dataset, Location, awaiting_index
 from pipeline.data.decode import DECODER, REGIONS
+from pipeline.data.policy import Policy
 from pipeline.data.shards import DataError
 from pipeline.data.stream import ShardStream
 from pipeline.doctor import machine, network
@@ -275,7 +276,8 @@ def _check_cache(facts: Facts, config: Config) -> Iterator[Finding]:
 def _time_decoding(facts: Facts, config: Config, dataset: list[Dataset]) -> Iterator[Finding]:
     """Training crops of images of the data set, or of one made here where that lies on a server."""
     augment, data = config.augment, config.data
-    crop = Augmentation(data.image_size, augment.area_min, augment.flip, augment.photometric).crop
+    policy = Policy(augment.operations, augment.magnitude, augment.magnitude_spread) if augment.operations else None
+    crop = Augmentation(data.image_size, augment.area_min, augment.flip, augment.photometric, policy=policy).crop
     try:
         payloads = _payloads(dataset[0], data.num_classes) if dataset else []
     except (DataError, ValueError) as error:

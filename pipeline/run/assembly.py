@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import warnings
@@ -16,21 +17,24 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Stra
 
 from pipeline import models
 from pipeline.config import Config, ConfigError, identity
-from pipeline.data.augment import Augmentation, CentreCrop, Preparation
+from pipeline.data.augment import Augmentation, CentreCrop, Growth, Preparation
 from pipeline.data.batch import micro_batches
 from pipeline.data.datamodule import ImageData
 from pipeline.data.dataset import Location, open_dataset
 from pipeline.data.decode import DECODER, REGIONS
 from pipeline.data.loader import Batching
+from pipeline.data.mixing import Mixing, blended
+from pipeline.data.policy import Policy
 from pipeline.data.shards import DataError
 from pipeline.launch.environment import LaunchedEnvironment
 from pipeline.launch.plan import worker_count
 from pipeline.models.registry import DENSE, MODELS
-from pipeline.norm import PerActivationNorm, SyncBatchNorm, convert, freeze
+from pipeline.norm import PerActivationNorm, SyncBatchNorm, convert, freeze, revert
 from pipeline.training.checkpoint import Checkpoints
 from pipeline.training.checkpoint_io import CheckpointFiles
 from pipeline.training.classifier import Classifier
 from pipeline.training.loss import Loss
+from pipeline.training.operations import operations_per_image
 from pipeline.training.optimizer import Descent
 from pipeline.training.schedule import Schedule
 from pipeline.world import World
@@ -67,14 +71,17 @@ def assemble(config: Config, world: World) -> Assembly:
     data = build_data(config, world)
     if data.train_loader.read_ahead is not None and world.local_rank == 0:  # once a node; the leading rank's goes to
         data.train_loader.read_ahead.warn = partial(_LOG.warning, "node %d: %s", world.node)  # its console
+    model = build_model(config)
+    check_sizes(config, model)
     classifier = Classifier(
-        build_model(config),
+        model,
         prepare=Preparation(config.data.mean, config.data.std),
         loss=Loss(config.loss.label_smoothing, config.loss.auxiliary_weight),
         schedule=build_schedule(config, images=len(data.train_loader.images.split)),
         descent=build_descent(config),
         world=world.size,
         pieces=data.batching.pieces,
+        mix=blended if config.augment.mixup or config.augment.cutmix else None,
     )
     checkpoints = Checkpoints(
         config.directory / "checkpoints",
@@ -106,9 +113,7 @@ def build_data(config: Config, world: World) -> ImageData:
     return ImageData(
         dataset,
         num_classes=config.data.num_classes,
-        augment=Augmentation(
-            config.data.image_size, config.augment.area_min, config.augment.flip, config.augment.photometric, decoder
-        ),
+        augment=build_augmentation(config),
         crop=CentreCrop(config.data.image_size, config.data.evaluation_crop, decoder),
         batching=Batching(
             global_batch_size=config.data.global_batch_size,
@@ -119,6 +124,20 @@ def build_data(config: Config, world: World) -> ImageData:
             window=config.data.window,
             workers=worker_count(config, cuda=accelerator_of(config) == "cuda"),
         ),
+    )
+
+
+def build_augmentation(config: Config) -> Augmentation:
+    a = config.augment
+    return Augmentation(
+        config.data.image_size,
+        a.area_min,
+        a.flip,
+        a.photometric,
+        config.data.decoder,
+        policy=Policy(a.operations, a.magnitude, a.magnitude_spread) if a.operations else None,
+        mixing=Mixing(a.mixup, a.cutmix) if a.mixup or a.cutmix else None,
+        growth=Growth(a.first_size, a.size_step, a.growth_epochs) if a.first_size else None,
     )
 
 
@@ -159,6 +178,19 @@ def model_options(config: Config) -> dict[str, Any]:
         "count_padding": model.count_padding, "per_activation": model.per_activation,
         "image_size": config.data.image_size,
     })  # fmt: skip
+
+
+def check_sizes(config: Config, model: torch.nn.Module) -> None:
+    """Raises ConfigError where images that grow begin too small for a network, or it takes one size alone."""
+    growth, full = build_augmentation(config).growth, config.data.image_size
+    if growth is None:
+        return
+    plain = revert(copy.deepcopy(model))
+    for size in growth.sizes(full)[:-1]:
+        if not operations_per_image(plain, size):
+            raise ConfigError(f"augment.first_size = {growth.first}: {config.model.name} takes no images of {size} "
+                              f"pixels a side; begin larger, or set it to 0 for {full} from the first epoch on"
+                              )  # fmt: skip
 
 
 def build_schedule(config: Config, *, images: int) -> Schedule:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 import signal
 import socket
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning
+import torch
 from rich.console import Console
 
 from pipeline.callbacks.activations import Activations
@@ -168,9 +170,18 @@ def circumstance(run: Assembly) -> Circumstance:
         ranks=run.world.size,
         nodes=config.cluster.nodes,
         began=datetime.fromisoformat(began).timestamp(),
-        operations=operations_per_image(model, config.data.image_size) if model else 0,
+        operations=_operations(run, model) if model else (),
         peak=peak,
     )
+
+
+def _operations(run: Assembly, model: torch.nn.Module) -> tuple[float, ...]:
+    """Of an image, epoch by epoch until images have their full size."""
+    augment = run.data.train_loader.shares.augment
+    epochs = math.ceil(augment.growth.epochs) if augment.growth else 0
+    sizes = [augment.at(epoch).size for epoch in range(epochs + 1)]
+    counted = {size: float(operations_per_image(model, size)) for size in {*sizes}}
+    return tuple(counted[size] for size in sizes)
 
 
 def machine(config: Config) -> str:

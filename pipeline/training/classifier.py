@@ -5,6 +5,7 @@ Legend: N images, K classes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import lightning
@@ -37,11 +38,18 @@ class Batch(Protocol):
     @property
     def weight_N(self) -> Tensor: ...  # 1 for an image, 0 for padding
 
+    @property
+    def partner_N2(self) -> Tensor: ...  # rows further on where an image's partner is, and its label
+
+    @property
+    def mix_N5(self) -> Tensor: ...  # first the share of an image's own label
+
 
 class Classifier(lightning.LightningModule):
     """A model, its loss, and its optimizer on a schedule.
 
-    prepare: makes the model's input of a batch's images and variations, in the dtype it is given.
+    prepare: makes the model's input of a batch's images and variations, in the dtype it is given. mix: blends each
+    prepared image with its partner, in training steps alone; None = the images are not mixed.
     """
 
     def __init__(
@@ -54,22 +62,25 @@ class Classifier(lightning.LightningModule):
         descent: Descent,
         world: int,
         pieces: int,
+        mix: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
     ):
         super().__init__()
         self.model = model.to(memory_format=torch.channels_last)
         self.loss, self.schedule = loss, schedule
         self.descent, self.world, self.pieces = descent, world, pieces
-        self.prepare = prepare
+        self.prepare, self.mix = prepare, mix
         self.step_sums: Sums | None = None  # of this rank, since the last report
         self.validation_sums: Sums | None = None
         self.scores: Scores | None = None  # of the last validation
         self.scores_beside: Scores | None = None  # of the same, with other statistics
         self.skips = False  # the batch at hand is not trained on: a step that changes nothing
 
-    def forward(self, batch: Batch) -> Logits:
+    def forward(self, batch: Batch, *, mixed: bool = False) -> Logits:
         dtype = next(self.model.parameters()).dtype
         with torch.no_grad():
             image_NCHW = self.prepare(batch.image_NCHW, batch.variation_NV, dtype)
+            if mixed and self.mix is not None:
+                image_NCHW = self.mix(image_NCHW, batch.partner_N2, batch.mix_N5)
         set_sample_keys(self.model, batch.key_N)
         output = self.model(image_NCHW)
         return output if isinstance(output, Logits) else Logits(output)
@@ -77,9 +88,15 @@ class Classifier(lightning.LightningModule):
     def training_step(self, batch: Batch, number: int) -> Tensor:
         if self.skips:
             return torch.zeros((), device=self.device, requires_grad=True)  # no weight gets a gradient
-        logits_NK, auxiliary_NK = self(batch)
-        loss_N = self.loss.per_image(logits_NK, auxiliary_NK, batch.label_N)
-        self._training_sums().add(loss_N, logits_NK, batch.label_N, batch.weight_N)
+        logits_NK, auxiliary_NK = self(batch, mixed=True)
+        label_N = batch.label_N
+        if self.mix is None:
+            loss_N = self.loss.per_image(logits_NK, auxiliary_NK, label_N)
+        else:
+            share_N, partner_N = batch.mix_N5[:, 0], batch.partner_N2[:, 1]
+            loss_N = self.loss.of_mixed(logits_NK, auxiliary_NK, label_N, partner_N, share_N)
+            label_N = torch.where(share_N >= 0.5, label_N, partner_N)  # what training scores are counted against
+        self._training_sums().add(loss_N, logits_NK, label_N, batch.weight_N)
         return share_of_global_mean(loss_N, self.schedule.global_batch_size, self.world, self.pieces)
 
     def on_validation_epoch_start(self) -> None:

@@ -18,6 +18,14 @@ class Loss:
     label_smoothing: float = 0.0
     auxiliary_weight: float = 0.3
 
+    def of_mixed(
+        self, logits_NK: Tensor, auxiliary_NK: Tensor | None, label_N: Tensor, partner_N: Tensor, share_N: Tensor
+    ) -> Tensor:
+        """Loss of each image of two labels: share_N is the first one's, the rest the partner's; as of soft labels."""
+        own_N, other_N = (self.per_image(logits_NK, auxiliary_NK, labels_N) for labels_N in (label_N, partner_N))
+        share_N = share_N.to(own_N.dtype)
+        return share_N * own_N + (1 - share_N) * other_N
+
     def per_image(self, logits_NK: Tensor, auxiliary_NK: Tensor | None, label_N: Tensor) -> Tensor:
         """Loss of each image (N,), in float32 at least; N may be 0."""
         loss_N = self._cross_entropy(logits_NK, label_N)

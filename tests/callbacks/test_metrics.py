@@ -79,15 +79,17 @@ def tracking(reporter: Kept, circumstance: Circumstance, spent: Spent) -> Tracki
 def test_a_row_tells_shares_of_its_span_and_what_the_devices_did(monkeypatch):
     monkeypatch.setattr("time.time", lambda: 1100.0)
     kept, spent = Kept(), Spent(step=6.0, statistics=1.0, gradients=2.0, data=3.0, checkpoint=1.0)
-    circumstance = Circumstance(ranks=4, nodes=2, began=1000.0, operations=2e9, peak=1e9)
+    circumstance = Circumstance(ranks=4, nodes=2, began=1000.0, operations=(1e9, 2e9), peak=1e9)
     each = tracking(kept, circumstance, spent)
     each._useful = 44.0
     scores = Scores(0.5, 0.25, 0.75, 160)
-    each._report(5, "train", scores, torch.device("cpu"), rate=0.1, **each._speed(160, spent))
+    each._report(5, "train", scores, torch.device("cpu"), rate=0.1, **each._speed(10, 160, spent))
     (row,) = kept.rows
     assert (row.images_per_s, row.span, row.epoch, row.samples) == (16.0, 10.0, 1.0, 160)
     assert (row.data_wait, row.statistics_wait, row.gradient_wait, row.checkpoint_wait) == (0.3, 0.1, 0.2, 0.1)
     assert row.mfu == pytest.approx(16 * 2e9 / (4 * 1e9))
+    assert each._speed(5, 160, spent)["mfu"] == pytest.approx(row.mfu / 2)  # of the first epoch, of smaller images
+    assert each._speed(7, 160, spent)["mfu"] == pytest.approx(row.mfu * 0.7)  # three steps of one, two of the other
     assert row.goodput == 0.44
     assert (row.at, row.seconds, row.ranks, row.nodes) == (1100.0, 9.0, 4, 2)
     assert values(row)["train/images_per_s_node"] == 8.0
@@ -95,8 +97,8 @@ def test_a_row_tells_shares_of_its_span_and_what_the_devices_did(monkeypatch):
 
 
 def test_what_no_peak_is_known_of_has_no_utilization():
-    each = tracking(Kept(), Circumstance(operations=2e9), Spent(step=1.0))
-    assert each._speed(10, Spent(step=1.0))["mfu"] is None
+    each = tracking(Kept(), Circumstance(operations=(2e9,)), Spent(step=1.0))
+    assert each._speed(5, 10, Spent(step=1.0))["mfu"] is None
     assert peak_operations("cpu", "bf16") == peak_operations("NVIDIA A10G", "bf16") == 0
     assert peak_operations("NVIDIA H100 80GB HBM3", "bf16") == 989e12
     assert peak_operations("NVIDIA H100 PCIe", "bf16") == 756e12

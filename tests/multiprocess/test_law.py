@@ -111,6 +111,13 @@ def test_losses_do_not_depend_on_uneven_shares(shards, tmp_path):
         torch.testing.assert_close(losses(shards, tmp_path, world, uneven), one, **EXACT)
 
 
+@pytest.mark.parametrize("world", [2, 3])
+def test_losses_do_not_depend_on_who_mixes_whose_images(shards, tmp_path, world):
+    mixes = ("augment.mixup=0.4", "augment.cutmix=1", "augment.operations=2", "loss.label_smoothing=0.1",
+             "data.global_batch_size=25", "model.auxiliary_head=false")  # fmt: skip
+    torch.testing.assert_close(losses(shards, tmp_path, world, *mixes), losses(shards, tmp_path, 1, *mixes), **EXACT)
+
+
 def test_with_local_statistics_they_do(shards, tmp_path, one_rank):
     local = losses(shards, tmp_path, 2, "norm.group_size=1")
     assert (local - one_rank).abs().max() > 1e-3

@@ -69,6 +69,8 @@ STOPS = [
     (1, 5, ["trainer.max_steps=15", "trainer.validate_every_epochs=2"]), (2, 6, ["trainer.precision=64"]),
     (1, 8, ["recipe=bn_baseline", "model.stem=small"]),
     (2, 7, ["optimizer.name=lars", "schedule.form=polynomial", "schedule.warmup_epochs=1", "optimizer.nesterov=true"]),
+    (2, 8, ["augment.mixup=0.4", "augment.cutmix=1", "augment.operations=2", "loss.label_smoothing=0.1",
+            "augment.first_size=8", "augment.size_step=4", "augment.growth_epochs=2", "cluster.workers=1"]),
     (2, 7, ["optimizer.name=lamb", "schedule.form=cosine", "optimizer.rate=0.001"]),
 ]  # fmt: skip
 

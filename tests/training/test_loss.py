@@ -26,3 +26,15 @@ def test_loss_of_each_image_with_smoothing_and_auxiliary_head():
     )
     assert Loss().per_image(logits[:0], None, label[:0]).sum() == 0
     assert Loss().per_image(logits.bfloat16(), None, label).dtype == torch.float32
+
+
+def test_the_loss_of_two_labels_is_that_of_soft_ones():
+    logits, auxiliary = torch.randn(4, 5).double(), torch.randn(4, 5).double()
+    label, partner = torch.tensor([0, 4, 2, 2]), torch.tensor([1, 1, 2, 0])
+    share = torch.tensor([1.0, 0.3, 0.6, 0.0]).double()
+    soft = share[:, None] * nn.functional.one_hot(label, 5) + (1 - share)[:, None] * nn.functional.one_hot(partner, 5)
+    expected = nn.CrossEntropyLoss(reduction="none", label_smoothing=0.1)
+    torch.testing.assert_close(
+        Loss(0.1, 0.3).of_mixed(logits, auxiliary, label, partner, share),
+        expected(logits, soft) + 0.3 * expected(auxiliary, soft),
+    )
