@@ -39,6 +39,9 @@ class Row:
     running_loss: float | None = None
     running_top1: float | None = None
     running_top5: float | None = None
+    trained_loss: float | None = None
+    trained_top1: float | None = None
+    trained_top5: float | None = None
 
 
 COLUMNS = [f.name for f in fields(Row)]

@@ -30,6 +30,9 @@ SCORES = (
     Metric("loss", "nats", BOTH, "mean over the row's images; of training with label smoothing and auxiliary head"),
     Metric("top1", "fraction", BOTH, "of the row's images"),
     Metric("top5", "fraction", BOTH, "of the row's images"),
+    Metric("trained_loss", "nats", VAL, "where weights are averaged, and loss is theirs: of the trained ones"),
+    Metric("trained_top1", "fraction", VAL, "where weights are averaged, and top1 is theirs: of the trained ones"),
+    Metric("trained_top5", "fraction", VAL, "where weights are averaged, and top5 is theirs: of the trained ones"),
 )
 RUNNING = (  # beside the scores with population statistics
     Metric("running_loss", "nats", VAL, "loss of the same validation with running averages; with norm.compare alone"),

@@ -37,6 +37,12 @@ class Population(lightning.Callback):
             return
         if trainer.global_step != self._kept_at:  # else a validation that was cut short begins again
             self.running, self._kept_at = kept(pl_module.model), trainer.global_step
+        self._estimate(trainer, pl_module)
+        if pl_module.averaging is not None:  # its statistics are its own: averages of others' would be of no network
+            with pl_module.averaging.applied(pl_module.model):
+                self._estimate(trainer, pl_module)
+
+    def _estimate(self, trainer: lightning.Trainer, pl_module: Classifier) -> None:
         batches = (self._moved(trainer, batch) for batch in self.loader.population_batches(self.images))
         with trainer.precision_plugin.forward_context():
             estimate(pl_module.model, batches, forward=pl_module, form=self.form)

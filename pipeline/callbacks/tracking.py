@@ -103,8 +103,10 @@ class Tracking(lightning.Callback):
             self.validated_step = trainer.global_step
             beside = pl_module.scores_beside
             running = {f"running_{name}": getattr(beside, name) for name in ("loss", "top1", "top5")} if beside else {}
+            trained = pl_module.trained_scores
+            both = {f"trained_{name}": getattr(trained, name) for name in ("loss", "top1", "top5")} if trained else {}
             self._report(trainer.global_step, "val", pl_module.scores, pl_module.device,
-                         span=self.throughput.validation(), **running)  # fmt: skip
+                         span=self.throughput.validation(), **running, **both)  # fmt: skip
 
     def _speed(self, step: int, images: int, spent: Spent) -> dict[str, float | None]:
         here, span = self.circumstance, max(spent.span, 1e-9)

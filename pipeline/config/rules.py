@@ -67,6 +67,9 @@ def checked(config: Config) -> Config:
         )
     _check_descent(c)
     _check_growth(c)
+    if c.averaging.decay and not c.norm.precise_images and c.model.name not in ("inception", "mlp"):
+        raise ConfigError(f"averaging.decay = {c.averaging.decay} needs statistics of the averaged weights' own, and "
+                          "norm.precise_images = 0 estimates none; set it to 8192")  # fmt: skip
     if c.trainer.spike_factor and c.trainer.spike_factor <= 1:
         raise ConfigError(f"trainer.spike_factor = {c.trainer.spike_factor} would take every loss for a spike; it must "
                           "be above 1, or 0 for none")  # fmt: skip
@@ -242,7 +245,7 @@ _LEAST = {
     "data.global_batch_size": 1, "data.micro_batch_size": 0, "data.window": 0, "data.cache_gb": 0,
     "optimizer.rate_batch_size": 1,
     "schedule.epochs": 0, "augment.operations": 0, "augment.magnitude_spread": 0, "augment.first_size": 0,
-    "augment.size_step": 1, "augment.growth_epochs": 0,
+    "averaging.every_steps": 1, "averaging.start_epochs": 0, "augment.size_step": 1, "augment.growth_epochs": 0,
     "optimizer.weight_decay": 0, "schedule.warmup_epochs": 0, "loss.auxiliary_weight": 0, "trainer.max_epochs": -1,
     "trainer.max_steps": -1, "trainer.threads": 0, "trainer.validate_every_epochs": 0,
     "trainer.checkpoint_every_steps": 0, "trainer.checkpoint_every_minutes": 0, "trainer.keep_checkpoints": 1,
@@ -264,7 +267,8 @@ _BETWEEN = {
     "norm.momentum": (0, 1), "data.evaluation_crop": (0.05, 1), "data.bad_samples": (0, 1),
     "augment.area_min": (0, 1), "augment.magnitude": (0, 10), "augment.mixup": (0, 2), "augment.cutmix": (0, 2),
     "docker.port": (1024, 65535),
-    "schedule.final_factor": (0, 1), "schedule.warmup_factor": (0, 1), "optimizer.second_momentum": (0, 0.99999),
+    "averaging.decay": (0, 0.999999), "schedule.final_factor": (0, 1), "schedule.warmup_factor": (0, 1),
+    "optimizer.second_momentum": (0, 0.99999),
     "tracking.goodput_alert": (0, 1), "optimizer.momentum": (0, 0.9999), "loss.label_smoothing": (0, 0.999),
 }  # fmt: skip
 

@@ -140,6 +140,15 @@ class ScheduleConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AveragingConfig:
+    """The exponential average of the weights, which is validated and chosen by beside the trained ones."""
+
+    decay: float = 0.0  # what the average keeps of itself at an update, less in the first ones; 0 = no average
+    every_steps: int = 1  # optimizer steps between updates
+    start_epochs: float = 0.0  # until which the average is the weights themselves
+
+
+@dataclass(frozen=True, kw_only=True)
 class LossConfig:
     """Cross-entropy."""
 
@@ -281,6 +290,7 @@ class Config:
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    averaging: AveragingConfig = field(default_factory=AveragingConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)

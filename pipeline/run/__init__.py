@@ -32,7 +32,7 @@ from pipeline.run.initial import TABLE, initialize
 from pipeline.run.reports import announce, statistics_used, summarize, table
 from pipeline.run.watching import build_reporters, build_watch, reporting
 from pipeline.training.checkpoint import clear, newest, set_aside
-from pipeline.training.checkpoint_io import CheckpointFiles
+from pipeline.training.checkpoint_io import AVERAGED, CheckpointFiles, weights_of
 from pipeline.training.classifier import Classifier
 from pipeline.world import World
 
@@ -103,7 +103,10 @@ def _start(run: Assembly, console: Console) -> Path | None:
 
 
 def evaluate(config: Config, world: World, console: Console, *, checkpoint: Path) -> Scores:
-    """Scores of a checkpoint on the validation images, each counted once, with population statistics."""
+    """Scores of a checkpoint on the validation images, each counted once, with population statistics.
+
+    Of a run that averages its weights, they are those of the average.
+    """
     run = assemble(config, world)
     state = load_weights(run.classifier, checkpoint)
     population = Population(
@@ -113,7 +116,8 @@ def evaluate(config: Config, world: World, console: Console, *, checkpoint: Path
     bad_samples = BadSamples(
         config.directory / "bad-samples", run.data, budget=config.data.bad_samples, rank=world.rank, console=console
     )
-    beside: list[lightning.Callback] = [Beside(lambda: population.running)] if config.norm.compare else []
+    compare = config.norm.compare and AVERAGED not in state  # running averages are those of the trained weights
+    beside: list[lightning.Callback] = [Beside(lambda: population.running)] if compare else []
     trainer = build_trainer(run, [population, *beside, bad_samples])
     with interruptible():
         trainer.validate(run.classifier, datamodule=run.data, verbose=False)
@@ -137,7 +141,8 @@ def load_weights(classifier: Classifier, checkpoint: Path) -> dict[str, Any]:
     """Load a checkpoint's weights; returns all of it. Raises DataError or, if it does not fit, ConfigError."""
     try:
         state: dict[str, Any] = CheckpointFiles().load_checkpoint(checkpoint)
-        weights = state["state_dict"]
+        weights = weights_of(state)
+        classifier.averaging = None  # of a run that keeps an average, that is the network from here on
     except Exception:  # torch and its unpickler have many ways to say so
         raise DataError(f"{checkpoint} is no whole checkpoint of a run; give another with --checkpoint") from None
     try:

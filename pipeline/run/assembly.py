@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import os
 import warnings
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from pipeline.launch.environment import LaunchedEnvironment
 from pipeline.launch.plan import worker_count
 from pipeline.models.registry import DENSE, MODELS
 from pipeline.norm import PerActivationNorm, SyncBatchNorm, convert, freeze, revert
+from pipeline.training.averaging import Averaging
 from pipeline.training.checkpoint import Checkpoints
 from pipeline.training.checkpoint_io import CheckpointFiles
 from pipeline.training.classifier import Classifier
@@ -82,6 +84,7 @@ def assemble(config: Config, world: World) -> Assembly:
         world=world.size,
         pieces=data.batching.pieces,
         mix=blended if config.augment.mixup or config.augment.cutmix else None,
+        averaging=build_averaging(config, images=len(data.train_loader.images.split)),
     )
     checkpoints = Checkpoints(
         config.directory / "checkpoints",
@@ -208,6 +211,12 @@ def build_schedule(config: Config, *, images: int) -> Schedule:
         power=config.schedule.power,
         final_factor=config.schedule.final_factor,
     )
+
+
+def build_averaging(config: Config, *, images: int) -> Averaging | None:
+    a = config.averaging
+    start_step = math.ceil(a.start_epochs * images / config.data.global_batch_size)
+    return Averaging(a.decay, a.every_steps, start_step) if a.decay else None
 
 
 def build_descent(config: Config) -> Descent:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 FORMAT = 1  # of what a checkpoint holds; newer ones are refused
 STAMP = "pipeline"
+AVERAGED = "averaged"  # the averaged weights by the names of state_dict, where a run keeps them
 TEMPORARY = ".*.ckpt.*.tmp"  # what a file is called until it is whole
 
 
@@ -121,6 +122,20 @@ class _Watched(io.BufferedWriter):
         except OSError as error:
             self.error = error
             raise
+
+
+def weights_of(checkpoint: Mapping[str, Any], *, averaged: bool | None = None) -> dict[str, Tensor]:
+    """A checkpoint's weights and statistics by name: the averaged ones, where there are some, or the trained ones.
+
+    averaged: True or False asks for these or those. Statistics are those of the run's last validation before it, so
+    estimate them anew for another step's checkpoint. Raises CheckpointError where averaged ones are asked for in vain.
+    """
+    found: dict[str, Tensor] | None = checkpoint.get(AVERAGED)
+    if averaged and found is None:
+        raise CheckpointError("the checkpoint holds no averaged weights, as its run had averaging.decay = 0; take the "
+                              "trained ones")  # fmt: skip
+    trained: dict[str, Tensor] = checkpoint["state_dict"]
+    return trained if found is None or averaged is False else found
 
 
 def damage(path: Path, identity: Mapping[str, Any] | None = None) -> str:

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from pipeline.evaluation.metrics import Scores, Sums
 from pipeline.models.blocks import set_sample_keys
 from pipeline.models.inception import Logits
+from pipeline.training.averaging import Averaging
+from pipeline.training.checkpoint_io import AVERAGED
 from pipeline.training.loss import Loss, share_of_global_mean
 from pipeline.training.optimizer import Descent, build_optimizer
 from pipeline.training.schedule import Schedule
@@ -49,7 +51,8 @@ class Classifier(lightning.LightningModule):
     """A model, its loss, and its optimizer on a schedule.
 
     prepare: makes the model's input of a batch's images and variations, in the dtype it is given. mix: blends each
-    prepared image with its partner, in training steps alone; None = the images are not mixed.
+    prepared image with its partner, in training steps alone; None = the images are not mixed. averaging: of the
+    weights; None = there is none.
     """
 
     def __init__(
@@ -63,16 +66,19 @@ class Classifier(lightning.LightningModule):
         world: int,
         pieces: int,
         mix: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
+        averaging: Averaging | None = None,
     ):
         super().__init__()
         self.model = model.to(memory_format=torch.channels_last)
         self.loss, self.schedule = loss, schedule
         self.descent, self.world, self.pieces = descent, world, pieces
         self.prepare, self.mix = prepare, mix
+        self.averaging = averaging
         self.step_sums: Sums | None = None  # of this rank, since the last report
-        self.validation_sums: Sums | None = None
-        self.scores: Scores | None = None  # of the last validation
-        self.scores_beside: Scores | None = None  # of the same, with other statistics
+        self.validation_sums: list[Sums] = []
+        self.scores: Scores | None = None  # of the last validation: of averaged weights where there are some
+        self.trained_scores: Scores | None = None  # then those of the weights that are trained
+        self.scores_beside: Scores | None = None  # of the trained ones, with other statistics
         self.skips = False  # the batch at hand is not trained on: a step that changes nothing
 
     def forward(self, batch: Batch, *, mixed: bool = False) -> Logits:
@@ -99,12 +105,31 @@ class Classifier(lightning.LightningModule):
         self._training_sums().add(loss_N, logits_NK, label_N, batch.weight_N)
         return share_of_global_mean(loss_N, self.schedule.global_batch_size, self.world, self.pieces)
 
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        if self.averaging is not None:  # here, and in no hook behind it: those come after the step's checkpoint
+            self.averaging.update(self.model, self.trainer.global_step + 1)
+
+    def on_fit_start(self) -> None:
+        if self.averaging is not None:
+            self.averaging.begin(self.model)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.averaging is not None:
+            checkpoint[AVERAGED] = {f"model.{name}": value for name, value in self.averaging.state.items()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.averaging is not None and AVERAGED in checkpoint:
+            self.averaging.load({name.removeprefix("model."): v for name, v in checkpoint[AVERAGED].items()})
+
     def on_validation_epoch_start(self) -> None:
-        self.validation_sums = Sums(self.device)
+        self.validation_sums = [Sums(self.device) for _ in range(1 if self.averaging is None else 2)]
 
     def validation_step(self, batch: Batch, number: int) -> None:
-        assert self.validation_sums is not None
-        self.score(batch, self.validation_sums)
+        self.score(batch, self.validation_sums[0])
+        if self.averaging is not None:
+            with self.averaging.applied(self.model):
+                self.score(batch, self.validation_sums[1])
 
     def score(self, batch: Batch, sums: Sums) -> None:
         """Count a batch that is evaluated."""
@@ -113,8 +138,8 @@ class Classifier(lightning.LightningModule):
         sums.add(loss_N, logits_NK, batch.label_N, batch.weight_N)
 
     def on_validation_epoch_end(self) -> None:
-        assert self.validation_sums is not None
-        self.scores = self.validation_sums.merged()
+        *trained, self.scores = [sums.merged() for sums in self.validation_sums]
+        self.trained_scores = trained[0] if trained else None
 
     def configure_optimizers(self) -> Any:
         optimizer = build_optimizer(self.model, self.descent)

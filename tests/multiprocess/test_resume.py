@@ -71,6 +71,8 @@ STOPS = [
     (2, 7, ["optimizer.name=lars", "schedule.form=polynomial", "schedule.warmup_epochs=1", "optimizer.nesterov=true"]),
     (2, 8, ["augment.mixup=0.4", "augment.cutmix=1", "augment.operations=2", "loss.label_smoothing=0.1",
             "augment.first_size=8", "augment.size_step=4", "augment.growth_epochs=2", "cluster.workers=1"]),
+    (2, 8, ["averaging.decay=0.9", "averaging.every_steps=2", "averaging.start_epochs=0.5"]),
+    (1, 5, ["averaging.decay=0.9", "trainer.validate_every_epochs=2", "trainer.precision=64"]),
     (2, 7, ["optimizer.name=lamb", "schedule.form=cosine", "optimizer.rate=0.001"]),
 ]  # fmt: skip
 
@@ -87,8 +89,9 @@ def test_an_interrupted_run_is_the_same_run(shards, tmp_path, world, stop_at, mo
 
     left, right = final(whole.directory), final(again.directory)
     assert left["global_step"] == right["global_step"] == 15
-    for name, value in left["state_dict"].items():
-        assert torch.equal(value, right["state_dict"][name]), name
+    for kind in ("state_dict", "averaged"):
+        for name, value in left.get(kind, {}).items():
+            assert torch.equal(value, right[kind][name]), name
     momenta = [c["optimizer_states"][0]["state"] for c in (left, right)]
     assert momenta[0].keys() == momenta[1].keys()
     for ours, theirs in zip(momenta[0].values(), momenta[1].values(), strict=True):
