@@ -37,7 +37,7 @@ class ImageData(lightning.LightningDataModule):
         batching: Batching,
     ):
         super().__init__()
-        self.dataset, self.batching = dataset, batching
+        self.dataset, self.crop, self.batching = dataset, crop, batching
         train = open_images(dataset, "train", num_classes, batching.window)
         shares = TrainShares(train, augment, batching)
         evaluation = partial(open_evaluation, dataset, num_classes, crop, batching)

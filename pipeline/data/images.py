@@ -6,7 +6,7 @@ What stands in is a function of (seed, epoch, sample), so that it too is the sam
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from pipeline.data.stream import ShardStream
 
 _SUBSTITUTE = 4  # what a key is for; order.py has 1 and 2, loader.py 3
 _TRIES_IN_SHARD, _TRIES = 8, 16
+Made = TypeVar("Made")
 
 
 class Fault(NamedTuple):
@@ -46,8 +47,8 @@ class Images:
     def split(self) -> Split:
         return self.stream.split
 
-    def load(self, sample: int, crop: Callable[[bytes], Pixels]) -> Pixels | Fault:
-        """The sample's crop, or why there is none. Raises DataError for a lost shard."""
+    def load(self, sample: int, crop: Callable[[bytes], Made]) -> Made | Fault:
+        """What is made of the sample, or why it cannot be. Raises DataError for a lost shard."""
         try:
             return crop(self.stream.read(sample))
         except DecodeError as error:

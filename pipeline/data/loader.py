@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.util import Finalize
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from torch.utils.data import DataLoader, Dataset
 
@@ -33,7 +33,7 @@ from pipeline.data.shards import DataError
 from pipeline.data.split import Split
 
 _AUGMENT = 3  # what a key is for; order.py has 1, 2 and 5, images.py 4
-_POPULATION_EPOCH = -1
+POPULATION_EPOCH = -1  # whose order the batches for population statistics have
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +120,16 @@ class TrainShares:
         return batch, faults
 
 
+class Evaluation(Protocol):
+    """Items of an evaluation by their numbers; blocks.py has another kind."""
+
+    images: Images
+
+    def __len__(self) -> int: ...
+
+    def load(self, number: int) -> Item: ...
+
+
 class EvaluationShares:
     """A rank's share of every evaluation batch: each image once, a bad one and the rest of the last batch padding."""
 
@@ -153,12 +163,12 @@ def open_evaluation(source: Source, num_classes: int, crop: CentreCrop, batching
 class Items(Dataset[Item]):
     """All that a worker can be asked for."""
 
-    def __init__(self, train: TrainShares, evaluation: Callable[[], EvaluationShares]):
+    def __init__(self, train: TrainShares, evaluation: Callable[[], Evaluation]):
         self.train, self._evaluation = train, evaluation
-        self._opened: EvaluationShares | None = None
+        self._opened: Evaluation | None = None
 
     @property
-    def evaluation(self) -> EvaluationShares:
+    def evaluation(self) -> Evaluation:
         """Opened when first asked for: training needs no validation images until then."""
         if self._opened is None:
             self._opened = self._evaluation()
@@ -175,7 +185,7 @@ class Places(Sequence[Place]):
 
     def __init__(self) -> None:
         self.epoch: int | None = 0
-        self.numbers = range(0)
+        self.numbers: Sequence[int] = range(0)
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -197,7 +207,7 @@ class Workers:
         atexit.register(_end, weakref.ref(self))
         Finalize(None, _end, (weakref.ref(self),), exitpriority=1)
 
-    def load(self, epoch: int | None, numbers: range) -> Iterator[Item]:
+    def load(self, epoch: int | None, numbers: Sequence[int]) -> Iterator[Item]:
         """Items in the order of their numbers."""
         if self._running is not None:  # one iteration inside another: it gets processes of its own
             places = Places()
@@ -271,7 +281,7 @@ class TrainLoader:
         """
         per_batch = self.batching.global_batch_size / self.batching.pieces
         count = min(len(self), -int(-images // per_batch))
-        for batch, _ in self.workers.load(_POPULATION_EPOCH, range(count)):
+        for batch, _ in self.workers.load(POPULATION_EPOCH, range(count)):
             yield batch
 
     @property
