@@ -61,7 +61,7 @@ def estimate(
     count = 0
     assert norms[0].running_mean is not None
     device = norms[0].running_mean.device
-    with _on_batch_statistics(module, norms), _moments_seen(norms if form == AGGREGATE else []) as seen:
+    with on_batch_statistics(module, norms), moments_seen(norms if form == AGGREGATE else []) as seen:
         for count, batch in enumerate(_limited(batches, images, device), 1):
             if count == 1:
                 for norm in norms:
@@ -116,7 +116,7 @@ def _limited(batches: Iterable[Batch], images: int, device: torch.device) -> Ite
 
 
 @contextmanager
-def _on_batch_statistics(module: nn.Module, norms: list[Norm]) -> Iterator[None]:
+def on_batch_statistics(module: nn.Module, norms: list[Norm]) -> Iterator[None]:
     """In training mode; flags and momenta are given back."""
     was_training = {m: m.training for m in module.modules()}
     momenta = [norm.momentum for norm in norms]
@@ -131,7 +131,7 @@ def _on_batch_statistics(module: nn.Module, norms: list[Norm]) -> Iterator[None]
 
 
 @contextmanager
-def _moments_seen(norms: list[Norm]) -> Iterator[dict[Norm, Moments]]:
+def moments_seen(norms: list[Norm]) -> Iterator[dict[Norm, Moments]]:
     """The moments of all that goes through each norm, of this rank's group, from now on."""
     seen: dict[Norm, Moments] = {}
 
