@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import os
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -81,18 +82,26 @@ class Predictions:
         rows = np.flatnonzero(np.isin(self.sample_N, sample_N))
         return self._rows(rows)
 
+    def columns(self) -> dict[str, NDArray[Any]]:
+        """What a file holds of them, by name."""
+        key = np.array([key.encode() for key in self.key], dtype=np.bytes_)
+        columns: dict[str, NDArray[Any]] = {
+            "sample": self.sample_N, "key": key, "label": self.label_N, "probability": self.probability_NK,
+        }  # fmt: skip
+        return columns if self.loss_N is None else {**columns, "loss": self.loss_N}
+
     def save(self, path: Path) -> None:
         """Write them whole or not at all. Raises OSError."""
-        key = np.array([key.encode() for key in self.key], dtype=np.bytes_)
-        columns = {"sample": self.sample_N, "key": key, "label": self.label_N, "probability": self.probability_NK}
-        if self.loss_N is not None:
-            columns["loss"] = self.loss_N
-        write_arrays(path, columns)
+        write_arrays(path, self.columns())
 
     @staticmethod
     def load(path: Path) -> Predictions:
         """Raises PredictionsError for what is no whole file of them, OSError where there is none."""
-        columns = read_arrays(path)
+        return Predictions.of(read_arrays(path), str(path))
+
+    @staticmethod
+    def of(columns: Mapping[str, NDArray[Any]], where: str) -> Predictions:
+        """Those of a file's columns. where: what messages call it. Raises PredictionsError."""
         try:
             sample, key, label, probability = (columns[name] for name in _COLUMNS[:4])
             return Predictions(
@@ -103,7 +112,7 @@ class Predictions:
                 columns["loss"].astype(np.float64, casting="safe") if "loss" in columns else None,
             )
         except (KeyError, TypeError, PredictionsError) as error:
-            raise PredictionsError(f"{path} holds no predictions ({error}); remove it and evaluate again") from None
+            raise PredictionsError(f"{where} holds no predictions ({error}); remove it and evaluate again") from None
 
     @staticmethod
     def merged(parts: Sequence[Predictions]) -> Predictions:
@@ -137,7 +146,7 @@ class Predictions:
         )
 
 
-def write_arrays(path: Path, columns: dict[str, NDArray[np.generic]]) -> None:
+def write_arrays(path: Path, columns: Mapping[str, NDArray[Any]]) -> None:
     """An .npz file, whole or not at all: a temporary one, flushed to disk, then renamed. Raises OSError."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -150,12 +159,15 @@ def write_arrays(path: Path, columns: dict[str, NDArray[np.generic]]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def read_arrays(path: Path) -> dict[str, NDArray[np.generic]]:
-    """The arrays of an .npz file; nothing in it is run. Raises PredictionsError, or OSError where there is none."""
+def read_arrays(path: Path, names: Sequence[str] = ()) -> dict[str, NDArray[Any]]:
+    """The arrays of an .npz file, all of them or those of names; nothing in it is run.
+
+    Raises PredictionsError, or OSError where there is none.
+    """
     with path.open("rb") as file:
         try:
             with np.load(file, allow_pickle=False) as arrays:
-                return {name: arrays[name] for name in arrays.files}
+                return {name: arrays[name] for name in arrays.files if name in names or not names}
         except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile) as error:
             why = str(error).partition("\n")[0]
             raise PredictionsError(
