@@ -192,7 +192,8 @@ def test_one_process_trains_evaluates_and_journals(capsys, shards, monkeypatch):
 
     last = [row for row in read_journal(directory / "metrics.csv") if row.split == "val"][-1]
     again = json.loads((directory / "evaluation.json").read_text())
-    assert (again["loss"], again["top1"], again["images"]) == (last.loss, last.top1, 35)
+    assert (again["top1"], again["images"]) == (last.top1, 35)
+    assert again["loss"] == pytest.approx(last.loss, rel=1e-5)  # of batches that depend on no rank
     ledger = [json.loads(line) for line in (directory / "ledger" / "rank-0.jsonl").read_text().splitlines()]
     assert [line["step"] for line in ledger] == [1, 2, 3, 4, 5]
     assert len({key for line in ledger for key in line["keys"]}) == 130

@@ -77,3 +77,56 @@ class ProgressReport(lightning.Callback):
             f"{row.images_per_s:.0f} images/s  waiting {row.data_wait:.0%}  loss {row.loss:.3f}  top-1 {row.top1:.1%}"
         )
         return text + (f"  val {self._validation.top1:.2%}" if self._validation else "")
+
+
+class EvaluationProgress:
+    """Images evaluated of `total`, images a second, time left: a bar, or a line every ten seconds.
+
+    done: how many were evaluated before, which count for no speed.
+    """
+
+    def __init__(self, console: Console, total: int, done: int):
+        self.console, self.total, self._before, self._done = console, total, done, done
+        self._printed = time.monotonic()
+        self._began: float | None = None
+        self._bar = Progress(
+            TextColumn("{task.completed:,.0f}/{task.total:,.0f} images"), BarColumn(),
+            TextColumn("{task.fields[figures]}"), TimeElapsedColumn(), console=console, transient=True,
+            disable=not console.is_terminal,
+        )  # fmt: skip
+        self._task = self._bar.add_task("evaluate", total=total, completed=done, figures="loading ...")
+
+    def __enter__(self) -> EvaluationProgress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def begin(self) -> None:
+        """The first image is about to be evaluated."""
+        self._began = time.monotonic()
+
+    def say(self, text: str) -> None:
+        """What is done before the first image."""
+        self._show(text)
+
+    def at(self, done: int) -> None:
+        """How many images are evaluated by now."""
+        self._done = max(self._done, min(done, self.total))
+        seconds = time.monotonic() - (self._began or time.monotonic())
+        speed = (self._done - self._before) / seconds if seconds else 0.0
+        left = f"  {_duration((self.total - self._done) / speed)} left" if speed else ""
+        self._show(f"{speed:,.1f} images/s{left}")
+
+    def _show(self, figures: str) -> None:
+        self._bar.update(self._task, completed=self._done, figures=figures)
+        now = time.monotonic()
+        if not self.console.is_terminal and now - self._printed > _LINE_SECONDS:
+            self._printed = now
+            self.console.print(f"{self._done:,} of {self.total:,} images  {figures}", highlight=False, soft_wrap=True)
+
+
+def _duration(seconds: float) -> str:
+    minutes, hours = seconds / 60, seconds / 3600
+    return f"{hours:.1f} h" if hours >= 2 else f"{minutes:.1f} min" if minutes >= 2 else f"{seconds:.0f} s"

@@ -8,7 +8,7 @@ import select
 import sys
 from collections.abc import Callable, Sequence
 
-from pipeline.cli import average, bench, export, launch, preflight, report, runs, shards, sync
+from pipeline.cli import average, bench, evaluate, export, launch, preflight, report, runs, shards, sync
 from pipeline.cli.codes import FAILED, RESUMABLE, code_of, line_of
 
 
@@ -65,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     verbs = parser.add_subparsers(required=True, metavar="VERB")
     runs.add_verbs(verbs)
+    evaluate.add_verbs(verbs)
     average.add_verbs(verbs)
     preflight.add_verbs(verbs)
     launch.add_verbs(verbs)

@@ -12,7 +12,7 @@ def code_of(error: Exception) -> int | None:
     if isinstance(error, OSError) and error.filename is not None:
         return FAILED  # no space, no permission, no such place
     if "InterruptedRunError" in names:
-        return FAILED  # of an evaluation: nothing is kept; `train` answers its own with 75
+        return RESUMABLE  # of an evaluation, whose images are kept; `train` answers its own
     if names & {
         "LockedError",
         "CheckpointError",

@@ -1,4 +1,4 @@
-"""pipeline train, evaluate: a run from its config to its end."""
+"""pipeline train: a run from its config to its end."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.cli.codes import DONE, FAILED, RESUMABLE, code_of
 from pipeline.cli.options import add_verb
-from pipeline.cli.settling import settle, settled
+from pipeline.cli.settling import settle
 
 if TYPE_CHECKING:
     from pipeline.config import Config
@@ -29,12 +29,6 @@ def add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
         help="overrides of conf/config.yaml, or of a frozen config; --print-config lists all keys",
     )  # fmt: skip
     p.add_argument("--print-config", action="store_true", help="show the resolved config and stop")
-
-    p = add_verb(verbs, "evaluate", evaluate, "score a run's checkpoint on the validation images",
-                 "pipeline evaluate runs/first --checkpoint best cluster.devices=2")  # fmt: skip
-    p.add_argument("run", help="the run's directory")
-    p.add_argument("words", nargs="*", metavar="key=value", help="keys to change")
-    p.add_argument("--checkpoint", default="newest", help="newest, best, or a file (default: newest)")
 
 
 def train(options: argparse.Namespace) -> int:
@@ -71,34 +65,11 @@ def train(options: argparse.Namespace) -> int:
             try:
                 if config.world == 1:
                     return _noted(config, lambda: _train_here(config))  # noqa: B023  (called at once)
-                return _noted(config, lambda: _launch_here(config, words, dataset))  # noqa: B023
+                return _noted(config, lambda: launch_here(config, words, dataset))  # noqa: B023
             except FailedRunError as failure:
                 if not failure.restart or config.cluster.nodes > 1:  # several nodes start again together
                     raise _with_way_on(failure, config) from None
                 print(f"pipeline: {failure}", file=sys.stderr)
-
-
-def evaluate(options: argparse.Namespace) -> int:
-    from rich.console import Console
-
-    from pipeline.config import ConfigError
-    from pipeline.launch.plan import CONFIG
-    from pipeline.world import World
-
-    directory = Path(options.run)
-    if not (directory / CONFIG).is_file():
-        raise ConfigError(f"{directory} is no run: it holds no {CONFIG}; give a directory like runs/NAME")
-    config = settled(of_run(directory / CONFIG, options.words))
-    checkpoint = checkpoint_of(directory, options.checkpoint)
-    if config.world > 1 and not World.is_launched():
-        words = ["evaluate", str(directory), "--checkpoint", str(checkpoint), *options.words]
-        return _launch_here(config, words)
-    from pipeline import run
-
-    world = World.from_environment()
-    agree(config, world)
-    run.evaluate(config, world, Console(quiet=not world.leads), checkpoint=checkpoint)
-    return DONE
 
 
 def typed(words: Sequence[str]) -> Config:
@@ -277,12 +248,12 @@ def _train_beside(config: Config, dataset: Dataset, node: int) -> int:
         path = Path(scratch) / CONFIG
         path.write_text(to_yaml(config))
         try:
-            return _launch_here(config, ["train", str(path)], dataset)
+            return launch_here(config, ["train", str(path)], dataset)
         except FailedRunError as failure:
             raise _with_way_on(failure, config) from None
 
 
-def _launch_here(config: Config, arguments: list[str], dataset: Dataset | None = None) -> int:
+def launch_here(config: Config, arguments: list[str], dataset: Dataset | None = None) -> int:
     from pipeline.config import ConfigError
     from pipeline.launch.local import run_processes
     from pipeline.world import NODE

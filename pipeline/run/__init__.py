@@ -1,13 +1,12 @@
 """READ THIS FIRST: a run, from its config to its scores. assembly.py builds its parts, watching.py what watches them.
 
-`train` and `evaluate` are what every process of a run executes; the world says which one it is.
+`train` is what every process of a run executes, and evaluating.evaluate what every process of an evaluation does; the
+world says which one it is.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,22 +16,18 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 
-from pipeline.callbacks.bad_samples import BadSamples
-from pipeline.callbacks.population import Population, running_averages
-from pipeline.callbacks.statistics import Beside
 from pipeline.config import Config, ConfigError, completed, identity, read_config
 from pipeline.data.shards import DataError
 from pipeline.evaluation.metrics import Scores
 from pipeline.launch.code_state import CODE, code_state
 from pipeline.launch.plan import add_to_start, note_start
-from pipeline.run import reports
 from pipeline.run.assembly import Assembly, assemble, build_trainer, device_name
 from pipeline.run.failures import explained, interruptible
 from pipeline.run.initial import TABLE, initialize
-from pipeline.run.reports import announce, statistics_used, summarize, table
+from pipeline.run.reports import announce, summarize
 from pipeline.run.watching import build_reporters, build_watch, reporting
 from pipeline.training.checkpoint import clear, newest, set_aside
-from pipeline.training.checkpoint_io import AVERAGED, CheckpointFiles, weights_of
+from pipeline.training.checkpoint_io import CheckpointFiles, weights_of
 from pipeline.training.classifier import Classifier
 from pipeline.world import World
 
@@ -102,53 +97,24 @@ def _start(run: Assembly, console: Console) -> Path | None:
     return start
 
 
-def evaluate(config: Config, world: World, console: Console, *, checkpoint: Path) -> Scores:
-    """Scores of a checkpoint on the validation images, each counted once, with population statistics.
-
-    Of a run that averages its weights, they are those of the average.
-    """
-    run = assemble(config, world)
-    state = load_weights(run.classifier, checkpoint)
-    population = Population(
-        run.data.train_loader, config.norm.precise_images, form=config.norm.precise_form,
-        running=running_averages(state),
-    )  # fmt: skip
-    bad_samples = BadSamples(
-        config.directory / "bad-samples", run.data, budget=config.data.bad_samples, rank=world.rank, console=console
-    )
-    compare = config.norm.compare and AVERAGED not in state  # running averages are those of the trained weights
-    beside: list[lightning.Callback] = [Beside(lambda: population.running)] if compare else []
-    trainer = build_trainer(run, [population, *beside, bad_samples])
-    with interruptible():
-        trainer.validate(run.classifier, datamodule=run.data, verbose=False)
-    scores = run.classifier.scores
-    assert scores is not None
-    if world.leads:
-        result = {"checkpoint": checkpoint.name, "step": state["global_step"], **asdict(scores)}
-        if run.classifier.scores_beside:
-            result["running_averages"] = asdict(run.classifier.scores_beside)
-        (config.directory / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
-        console.print(table(f"evaluation of {config.run.id}", {
-            "checkpoint": f"{checkpoint.name} (step {state['global_step']})",
-            "images": f"{scores.images:,}", "top-1": f"{scores.top1:.2%}", "top-5": f"{scores.top5:.2%}",
-            "loss": f"{scores.loss:.4f}", "statistics": statistics_used(config),
-            **reports.beside(run.classifier.scores_beside),
-        }))  # fmt: skip
-    return scores
-
-
 def load_weights(classifier: Classifier, checkpoint: Path) -> dict[str, Any]:
     """Load a checkpoint's weights; returns all of it. Raises DataError or, if it does not fit, ConfigError."""
+    state = read_weights(checkpoint)
     try:
-        state: dict[str, Any] = CheckpointFiles().load_checkpoint(checkpoint)
-        weights = weights_of(state)
         classifier.averaging = None  # of a run that keeps an average, that is the network from here on
-    except Exception:  # torch and its unpickler have many ways to say so
-        raise DataError(f"{checkpoint} is no whole checkpoint of a run; give another with --checkpoint") from None
-    try:
-        classifier.load_state_dict(weights)
+        classifier.load_state_dict(weights_of(state))
     except RuntimeError:
         raise ConfigError(
             f"{checkpoint} does not fit the model of this config; leave model.* as the run has it"
         ) from None
+    return state
+
+
+def read_weights(checkpoint: Path) -> dict[str, Any]:
+    """All of a checkpoint. Raises DataError."""
+    try:
+        state: dict[str, Any] = CheckpointFiles().load_checkpoint(checkpoint)
+        state["state_dict"], state["global_step"]
+    except Exception:  # torch and its unpickler have many ways to say so
+        raise DataError(f"{checkpoint} is no whole checkpoint of a run; give another with --checkpoint") from None
     return state

@@ -1,0 +1,178 @@
+"""pipeline evaluate: scores of a run's checkpoint, or of several runs and of their mean."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipeline.cli.codes import DONE
+from pipeline.cli.options import add_verb
+from pipeline.cli.runs import agree, checkpoint_of, launch_here, of_run
+from pipeline.cli.settling import settle
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from pipeline.run.evaluating import Question
+
+_VIEWS = (1, 10, 144)  # as data/crops.py has them, which takes a second to load
+
+
+def add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    p = add_verb(verbs, "evaluate", evaluate, "score runs on the validation images, alone and as an ensemble",
+                 "pipeline evaluate runs/first --checkpoint best --views 10 cluster.devices=2\n"
+                 "  pipeline evaluate runs/member-0 runs/member-1 runs/member-2 --views 144", goes_on=True)  # fmt: skip
+    p.add_argument("run", help="a run's directory; behind it more of them, and keys to change")
+    p.add_argument("words", nargs="*", metavar="RUN | key=value",
+                   help="more runs: their class probabilities are averaged; keys to change in every run")  # fmt: skip
+    p.add_argument("--views", type=int, choices=_VIEWS, default=1,
+                   help="of each image: the centre, also its corners, or GoogLeNet's (default: 1)")  # fmt: skip
+    p.add_argument("--checkpoint", default="newest",
+                   help="newest, best, or, of one run, a file (default: newest)")  # fmt: skip
+    p.add_argument("--output", type=Path, metavar="DIR",
+                   help="of an ensemble, its table and predictions (default: beside the first run)")  # fmt: skip
+    p.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+
+
+def evaluate(options: argparse.Namespace) -> int:
+    from pipeline.config import ConfigError
+
+    runs = [Path(word) for word in [options.run, *options.words] if "=" not in word]
+    overrides = [word for word in options.words if "=" in word]
+    if len({run.resolve() for run in runs}) < len(runs):
+        raise ConfigError("a run is given twice; give each member of an ensemble once")
+    if len(runs) > 1 and options.checkpoint not in ("newest", "best"):
+        raise ConfigError(f"--checkpoint {options.checkpoint} is one file for {len(runs)} runs; give newest or best")
+    if len(runs) == 1 and options.output:
+        raise ConfigError(f"--output {options.output} is for the table of several runs; one has its own directory")
+    questions = [_asked(run, options, overrides) for run in runs]
+    _refuse_strangers(questions)
+    for place, question in enumerate(questions, 1):
+        if len(questions) > 1:
+            _console(options).print(f"{question.config.directory}, {place} of {len(questions)}", highlight=False)
+        code = _answer(question, options, overrides)
+        if code != DONE:
+            return code
+    if _shows():
+        _show(questions[0], options) if len(questions) == 1 else _compare(questions, options)
+    return DONE
+
+
+def _asked(directory: Path, options: argparse.Namespace, overrides: list[str]) -> Question:
+    from pipeline.config import ConfigError
+    from pipeline.launch.plan import CONFIG
+    from pipeline.run.evaluating import ask
+
+    if not (directory / CONFIG).is_file():
+        raise ConfigError(f"{directory} is no run: it holds no {CONFIG}; give a directory like runs/NAME")
+    config = of_run(directory / CONFIG, overrides)
+    checkpoint = checkpoint_of(directory, options.checkpoint)
+    config, dataset = settle(config)
+    return ask(config, dataset, checkpoint, options.views)
+
+
+def _refuse_strangers(questions: list[Question]) -> None:
+    """Raises ConfigError where runs of several were not trained on one data set."""
+    from pipeline.config import ConfigError
+    from pipeline.data.shards import MANIFEST, difference, read_manifest
+
+    first, *others = (question.config for question in questions)
+    for other in others:
+        if other.data.digest != first.data.digest:
+            known = all((config.directory / MANIFEST).is_file() for config in (first, other))
+            what = "their digests differ"
+            if known:
+                what = difference(*(read_manifest(config.directory) for config in (first, other)))
+            raise ConfigError(f"{first.directory} and {other.directory} are of different data sets ({what}); an "
+                              "ensemble needs one")  # fmt: skip
+        if other.data.num_classes != first.data.num_classes:
+            raise ConfigError(
+                f"data.num_classes = {first.data.num_classes} in {first.directory} and {other.data.num_classes} in "
+                f"{other.directory}; an ensemble needs the same classes"
+            )
+
+
+def _answer(question: Question, options: argparse.Namespace, overrides: list[str]) -> int:
+    """Evaluate one run, here or by processes of its own."""
+    from pipeline.launch.local import LAUNCHER
+    from pipeline.launch.lock import locked
+    from pipeline.run.evaluating import evaluate
+    from pipeline.world import World
+
+    config, world = question.config, World.from_environment()
+    if World.is_launched():
+        agree(config, world)
+    if os.environ.get(LAUNCHER) or not world.leads:  # who started it, or leads, holds the directory
+        evaluate(question, world, _console(options))
+        return DONE
+    with locked(question.directory):
+        if config.world == world.size or question.scores() is not None:
+            evaluate(question, world, _console(options))
+            return DONE
+        words = ["evaluate", str(config.directory), "--checkpoint", str(question.checkpoint), "--views",
+                 str(question.views), *(["--json"] if options.json else []), *overrides]  # fmt: skip
+        return launch_here(config, words)
+
+
+def _shows() -> bool:
+    """Whether this process says what came out: of several the leading one, or the one that started them."""
+    from pipeline.launch.local import LAUNCHER
+    from pipeline.world import World
+
+    return World.from_environment().leads and not os.environ.get(LAUNCHER)
+
+
+def _console(options: argparse.Namespace) -> Console:
+    """For what is said on the way; with --json it does not mix with what comes out."""
+    from rich.console import Console
+
+    from pipeline.world import World
+
+    return Console(quiet=not World.from_environment().leads, stderr=options.json)
+
+
+def _show(question: Question, options: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from pipeline.run.reports import table
+
+    scores = question.scores()
+    assert scores is not None
+    if options.json:
+        print(json.dumps(scores))
+        return
+
+    def share(name: str) -> str:
+        low, high = scores[f"{name}_interval"]
+        return f"{scores[name]:.2%}  (95 %: {low:.2%} to {high:.2%})"
+
+    left_out = f", {scores['left_out']} left out" if scores["left_out"] else ""
+    views = f"{scores['views']} views" if scores["views"] > 1 else "1 view"
+    Console().print(table(f"evaluation of {question.config.run.id}", {
+        "checkpoint": f"{scores['checkpoint']} (step {scores['step']})",
+        "images": f"{scores['images']:,}, {views} of each{left_out}",
+        "top-1": share("top1"), "top-5": share("top5"), "loss": f"{scores['loss']:.4f}",
+        "statistics": scores["statistics"], "results": scores["results"],
+    }))  # fmt: skip
+
+
+def _compare(questions: list[Question], options: argparse.Namespace) -> None:
+    """The members beside their mean: a table, ensemble.json, and what the ensemble says of each image."""
+    from rich.console import Console
+
+    from pipeline.run.ensembles import compare_members, keep, place_of, table_of
+
+    comparison = compare_members(questions)
+    directory = options.output or place_of(questions)
+    facts = keep(comparison, questions, directory)
+    if options.json:
+        print(json.dumps(facts))
+        return
+    console = Console()
+    console.print(table_of(facts))
+    for line in facts["said"]:
+        console.print(line, highlight=False, soft_wrap=True)
+    console.print(f"written to {directory}", highlight=False, soft_wrap=True)

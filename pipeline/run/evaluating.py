@@ -1,0 +1,313 @@
+"""A checkpoint's say on every validation image: each once, the same bits on any number of ranks and after any stop.
+
+What goes through the network together is fixed (data/blocks.py), and so are the batches of the population statistics
+(norm/apart.py): a rank takes whole ones of either, and nothing is summed in the order of ranks. What is done lies in
+RUN/evaluation/<name>/, a directory for all that the results depend on (evaluation/results.py).
+Legend: N images, V views of each, K classes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from pipeline.callbacks.preemption import InterruptedRunError
+from pipeline.callbacks.progress import EvaluationProgress
+from pipeline.config import Config, identity
+from pipeline.data.batch import Batch
+from pipeline.data.blocks import BlockLoader, open_blocks
+from pipeline.data.crops import Views
+from pipeline.data.dataset import Dataset
+from pipeline.data.loader import POPULATION_EPOCH, Items, TrainShares, Workers
+from pipeline.data.shards import DataError, file_sha256, write_atomically
+from pipeline.evaluation.intervals import wilson
+from pipeline.evaluation.predictions import Predictions
+from pipeline.evaluation.results import Buffer, Results, digest_of
+from pipeline.launch.failure import AGAIN, FailedRunError
+from pipeline.norm.apart import estimate_apart, set_statistics, statistics_of
+from pipeline.norm.collectives import sum_over_world
+from pipeline.run import load_weights, read_weights
+from pipeline.run.assembly import Assembly, accelerator_of, assemble, build_trainer
+from pipeline.run.failures import interruptible
+from pipeline.run.reports import statistics_used
+from pipeline.training.classifier import Classifier
+from pipeline.world import World
+
+SCORES, DIRECTORY, BAD_SAMPLES = "evaluation.json", "evaluation", "bad-samples.jsonl"
+_SPLIT = "val"
+_ROWS_AT_ONCE = 144  # views that go through the network together, where data.micro_batch_size does not ask for fewer
+_STATISTICS_IMAGES = 256  # of a batch for the statistics at most: one rank must have room for it
+_LOOK_SECONDS = 1.0  # between looks at how far the other ranks are
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What is asked of which weights. images: how many there are."""
+
+    config: Config
+    checkpoint: Path
+    views: int
+    images: int
+    step: int
+    settings: dict[str, Any]
+
+    @property
+    def directory(self) -> Path:
+        """Where its results are."""
+        views = f"{self.views}-view{'s' if self.views > 1 else ''}"
+        name = f"step-{self.step:08d}-{_SPLIT}-{views}-{digest_of(self.settings)[:8]}"
+        return self.config.directory / DIRECTORY / name
+
+    @property
+    def images_each(self) -> int:
+        """Images of a block."""
+        data = self.config.data
+        rows = data.micro_batch_size or _ROWS_AT_ONCE
+        return max(1, min(rows // self.views, data.global_batch_size))
+
+    def scores(self) -> dict[str, Any] | None:
+        """What evaluation.json says, where all is done."""
+        path = self.directory / SCORES
+        if not path.is_file():
+            return None
+        scores: dict[str, Any] = json.loads(path.read_text())
+        return scores
+
+    def results(self) -> Results:
+        """Raises PredictionsError where the directory holds results of something else."""
+        return Results(self.directory, self.settings, self.images)
+
+
+def ask(config: Config, dataset: Dataset, checkpoint: Path, views: int) -> Question:
+    """All that the results depend on. Raises DataError for what is no checkpoint."""
+    step = int(read_weights(checkpoint)["global_step"])
+    images = dataset.manifest.count(_SPLIT)
+    settings = {
+        "checkpoint": file_sha256(checkpoint), "step": step, "split": _SPLIT, "images": images, "views": views,
+        "statistics": statistics_used(config), "statistics_batch": _statistics_batch(config),
+        "rows_at_once": config.data.micro_batch_size or _ROWS_AT_ONCE, "accelerator": accelerator_of(config),
+        "torch": torch.__version__, "config": identity(config),
+    }  # fmt: skip
+    return Question(config, checkpoint, views, images, step, json.loads(json.dumps(settings)))
+
+
+def _statistics_batch(config: Config) -> int:
+    return min(config.data.global_batch_size, config.data.micro_batch_size or _STATISTICS_IMAGES)
+
+
+def evaluate(question: Question, world: World, console: Console) -> dict[str, Any] | None:
+    """Scores, as evaluation.json keeps them; None on a rank that does not lead.
+
+    Goes on where an earlier start was stopped. Raises InterruptedRunError, DataError, PredictionsError, FailedRunError.
+    """
+    scores = question.scores()
+    if scores is None:
+        results = question.results()
+        with _told(question, results, world), interruptible():
+            _answer(question, results, world, console)
+            if not world.leads:
+                return None
+            scores = _finished(question, results, console)
+    elif world.leads:
+        console.print(f"all {question.images:,} images were evaluated already, in {question.directory}",
+                      highlight=False, soft_wrap=True)  # fmt: skip
+    if world.leads:
+        write_atomically(question.config.directory / SCORES, (json.dumps(scores, indent=2) + "\n").encode())
+    return scores if world.leads else None
+
+
+@contextmanager
+def _told(question: Question, results: Results, world: World) -> Iterator[None]:
+    """Whoever interrupts it is told what is kept."""
+    try:
+        yield
+    except InterruptedRunError:
+        if not world.leads:
+            raise
+        raise InterruptedRunError(
+            f"interrupted with {min(results.count(), question.images):,} of {question.images:,} images evaluated, in "
+            f"{question.directory}; the same command goes on from there"
+        ) from None
+
+
+def _answer(question: Question, results: Results, world: World, console: Console) -> None:
+    """Evaluate what is missing of this rank's blocks; the leading one returns when those of all are there."""
+    done = results.blocks()
+    kept = results.count()
+    each, images = question.images_each, question.images
+    missing = [number for number in range(math.ceil(images / each)) if number not in done]
+    if done and world.leads:
+        console.print(f"going on: {kept:,} of {images:,} images were evaluated already", highlight=False)
+    if not missing:
+        return
+    progress = EvaluationProgress(console, images, kept)
+    with progress:
+        run = assemble(question.config, world)
+        load_weights(run.classifier, question.checkpoint)
+        evaluator = _evaluator(question, run, results, [n for n in missing if n % world.size == world.rank], progress)
+        trainer = build_trainer(run, [])
+        try:
+            trainer.predict(evaluator, dataloaders=evaluator.loader, return_predictions=False)
+        finally:
+            evaluator.buffer.flush()
+        if world.leads:
+            _wait(results, question, progress)
+
+
+def _evaluator(
+    question: Question, run: Assembly, results: Results, numbers: list[int], progress: EvaluationProgress
+) -> Evaluator:
+    data, views = run.data, Views(question.views, run.data.crop)
+    batching = replace(
+        data.batching, world=1, rank=0, micro_batch_size=0, global_batch_size=_statistics_batch(question.config)
+    )
+    train = data.train_loader.shares
+    items = Items(
+        TrainShares(train.images, train.augment, batching),
+        partial(open_blocks, data.dataset, _SPLIT, question.config.data.num_classes, views, question.images_each),
+    )
+    return Evaluator(question, run, results, BlockLoader(Workers(items, batching.workers), numbers), progress)
+
+
+class Evaluator(lightning.LightningModule):
+    """The mean of each image's class probabilities over its views, block by block; what it finds goes to its buffer."""
+
+    allow_zero_length_dataloader_with_multiple_devices = True  # a rank may have nothing left to do
+
+    def __init__(
+        self, question: Question, run: Assembly, results: Results, loader: BlockLoader, progress: EvaluationProgress
+    ):
+        super().__init__()
+        self.question, self.world, self.results, self.loader = question, run.world, results, loader
+        self.classifier: Classifier = run.classifier
+        self.buffer, self.progress = Buffer(results), progress
+        self._looked = time.monotonic()
+
+    def on_predict_start(self) -> None:
+        if self.question.config.norm.precise_images:
+            self._take_statistics()
+        self.progress.begin()
+
+    def _take_statistics(self) -> None:
+        """Population statistics: those that an earlier start saved, or new ones."""
+        model = self.classifier.model
+        mine = statistics_of(model).new_zeros(1 + len(statistics_of(model)))
+        saved = self.results.statistics() if self.world.leads else None
+        if saved is not None:
+            mine[0], mine[1:] = 1, torch.from_numpy(saved)
+        shared = sum_over_world(mine)  # one rank's, so exact; whether the others see the file does not matter
+        if shared[0]:
+            set_statistics(model, shared[1:])
+            return
+        self._estimate()
+        if self.world.leads:
+            self.results.save_statistics(statistics_of(model).cpu().numpy())
+
+    def _estimate(self) -> None:
+        norm, shares = self.question.config.norm, self.loader.workers.items.train
+        each = shares.batching.global_batch_size
+        count = min(len(shares.images.split) // each, math.ceil(norm.precise_images / each))
+        mine = range(self.world.rank, count, self.world.size)
+
+        def batches() -> Iterator[tuple[int, Batch]]:
+            for number, (batch, _) in zip(mine, self.loader.workers.load(POPULATION_EPOCH, mine), strict=True):
+                self.progress.say(f"population statistics, {number * each:,} of {count * each:,} images")
+                yield number, self.trainer.strategy.batch_to_device(batch)
+
+        with self.trainer.precision_plugin.forward_context():
+            estimate_apart(self.classifier.model, batches(), count, self.classifier, form=norm.precise_form)
+
+    def predict_step(self, batch: Batch, number: int) -> tuple[Tensor, Tensor]:
+        """Of each image the log of its mean probabilities (N, K), and the loss they have, in float64."""
+        rows, views = self.question.settings["rows_at_once"], self.question.views
+        parts = [Batch(*columns) for columns in zip(*(torch.split(column, rows) for column in batch), strict=True)]
+        logits_RK = torch.cat([self.classifier(part).main_NK for part in parts])
+        by_view_NVK = logits_RK.double().log_softmax(1).view(-1, views, logits_RK.shape[1])
+        log_mean_NK = by_view_NVK.logsumexp(1) - math.log(views)
+        loss_N = self.classifier.loss.per_image(log_mean_NK, None, batch.label_N[::views])
+        return log_mean_NK, loss_N
+
+    def on_predict_batch_end(self, outputs: Any, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        views = self.question.views
+        is_image = batch.weight_N[::views].cpu().numpy() > 0
+        log_mean_NK, loss_N = (output.cpu().numpy()[is_image] for output in outputs)
+        sample_N = batch.sample_N[::views].cpu().numpy()[is_image]
+        split = self.loader.workers.items.evaluation.images.split
+        predictions = Predictions(
+            sample_N, [split.key(int(s)) for s in sample_N], batch.label_N[::views].cpu().numpy()[is_image],
+            torch.from_numpy(log_mean_NK).exp().float().numpy(), loss_N,
+        )  # fmt: skip
+        self.buffer.add(self.loader.numbers[batch_idx], predictions, [f._asdict() for f in self.loader.faults])
+        now = time.monotonic()
+        if self.world.leads and now - self._looked > _LOOK_SECONDS:
+            self._looked = now
+            self.progress.at(self.results.count() + self.buffer.images)
+
+
+def _wait(results: Results, question: Question, progress: EvaluationProgress) -> None:
+    """Until the parts of all ranks are there. Raises FailedRunError where none comes any more."""
+    blocks = math.ceil(question.images / question.images_each)
+    seen, changed = results.count(), time.monotonic()
+    while seen < question.images or len(results.blocks()) < blocks:
+        progress.at(seen)
+        time.sleep(_LOOK_SECONDS / 5)
+        if results.count() != seen:
+            seen, changed = results.count(), time.monotonic()
+        minutes = question.config.cluster.timeout_minutes
+        if time.monotonic() - changed > 60 * minutes:
+            raise FailedRunError(
+                f"{question.images - seen:,} of {question.images:,} images are missing in {results.directory}, and no "
+                f"rank has added any for {minutes:g} minutes (cluster.timeout_minutes); all nodes must see that "
+                "directory; the same command goes on",
+                code=AGAIN,
+            )
+
+
+def _finished(question: Question, results: Results, console: Console) -> dict[str, Any]:
+    """Put all together and score it. Raises DataError where more images are bad than the config allows."""
+    predictions, faults = results.put_together()
+    _report(faults, question, results.directory, console)
+    top1, top5 = (wilson(int(predictions.hits(k).sum()), len(predictions)) for k in (1, 5))
+    scores = {
+        "checkpoint": question.checkpoint.name, "step": question.step,
+        "loss": float(predictions.losses().mean()) if len(predictions) else 0.0,
+        "top1": top1.value, "top5": top5.value, "images": len(predictions),
+        "top1_interval": [top1.low, top1.high], "top5_interval": [top5.low, top5.high],
+        "left_out": len(faults), "split": _SPLIT, "views": question.views,
+        "statistics": question.settings["statistics"], "results": str(question.directory),
+    }  # fmt: skip
+    results.finish(predictions)
+    write_atomically(results.directory / SCORES, (json.dumps(scores, indent=2) + "\n").encode())
+    return scores
+
+
+def _report(faults: list[dict[str, Any]], question: Question, directory: Path, console: Console) -> None:
+    """Write down and say which images are left out. Raises DataError for too many."""
+    if not faults:
+        return
+    path, data = directory / BAD_SAMPLES, question.config.data
+    write_atomically(path, "".join(json.dumps(fault) + "\n" for fault in faults).encode())
+    for fault in faults:
+        said = f"bad sample: {fault['shard']}: {fault['key']} at byte {fault['offset']}: {fault['reason']}"
+        console.print(said, highlight=False, soft_wrap=True)
+    console.print(f"evaluation leaves out {len(faults)} of {question.images:,} images, listed in {path}",
+                  highlight=False, soft_wrap=True)  # fmt: skip
+    allowed = math.floor(data.bad_samples * question.images)
+    if len(faults) > allowed:
+        raise DataError(
+            f"{len(faults)} of {question.images:,} validation images cannot be used, data.bad_samples = "
+            f"{data.bad_samples:g} allows {allowed}; {path} lists them: run `pipeline shards verify {data.root}`, "
+            f"bring sound shards and remove {directory}, or raise data.bad_samples"
+        )
