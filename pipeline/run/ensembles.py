@@ -56,13 +56,15 @@ def keep(comparison: Comparison, questions: Sequence[Question], directory: Path)
 
 
 def table_of(facts: dict[str, Any]) -> Table:
-    table = Table(title="mean of class probabilities", title_justify="left")
-    for name in ("", "step", "views", "images", "top-1 error", "95 %", "top-5 error", "95 %"):
-        table.add_column(name, justify="left" if not name else "right")
-    for member in facts["members"]:
-        table.add_row(member["run"], f"{member['step']:,}", str(member["views"]), *_cells(member))
+    table = Table(title=f"ensemble of {len(facts['members'])}: the mean of class probabilities", title_justify="left")
+    for name in ("", "step", "views", "images", "top-1 error, %", "top-5 error, %"):
+        table.add_column(name, justify="right" if name else "left", no_wrap=bool(name))
+    ids = [Path(member["run"]).name for member in facts["members"]]
+    for member, name in zip(facts["members"], ids, strict=True):
+        shown = name if ids.count(name) == 1 else member["run"]
+        table.add_row(shown, f"{member['step']:,}", str(member["views"]), *_cells(member))
     table.add_section()
-    table.add_row(f"ensemble of {len(facts['members'])}", "", "", *_cells(facts["ensemble"]), style="bold")
+    table.add_row("ensemble", "", "", *_cells(facts["ensemble"]), style="bold")
     return table
 
 
@@ -85,7 +87,7 @@ def _cells(errors: dict[str, Any]) -> list[str]:
     cells = [f"{errors['images']:,}"]
     for name in ("top1_error", "top5_error"):
         low, high = errors[f"{name}_interval"]
-        cells += [f"{errors[name]:.2%}", f"{low:.2%} to {high:.2%}"]
+        cells.append(f"{100 * errors[name]:.2f} ({100 * low:.2f}–{100 * high:.2f})")
     return cells
 
 

@@ -5,4 +5,4 @@ import torch  # noqa: F401
 import torchvision  # noqa: F401
 
 import pipeline.doctor.nodes
-import pipeline.run  # noqa: F401
+import pipeline.run.evaluating  # noqa: F401
