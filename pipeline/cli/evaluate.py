@@ -137,7 +137,8 @@ def _console(options: argparse.Namespace) -> Console:
 def _show(question: Question, options: argparse.Namespace) -> None:
     from rich.console import Console
 
-    from pipeline.run.reports import table
+    from pipeline.evaluation.metrics import Scores
+    from pipeline.run.reports import beside, table
 
     scores = question.scores()
     assert scores is not None
@@ -155,7 +156,9 @@ def _show(question: Question, options: argparse.Namespace) -> None:
         "checkpoint": f"{scores['checkpoint']} (step {scores['step']})",
         "images": f"{scores['images']:,}, {views} of each{left_out}",
         "top-1": share("top1"), "top-5": share("top5"), "loss": f"{scores['loss']:.4f}",
-        "statistics": scores["statistics"], "results": scores["results"],
+        "statistics": scores["statistics"],
+        **beside(Scores(**scores["running_averages"]) if "running_averages" in scores else None),
+        "results": scores["results"],
     }))  # fmt: skip
 
 

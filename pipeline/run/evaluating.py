@@ -23,9 +23,10 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from pipeline.callbacks.population import running_averages
 from pipeline.callbacks.preemption import InterruptedRunError
 from pipeline.callbacks.progress import EvaluationProgress
-from pipeline.config import Config, identity
+from pipeline.config import Config, completed, identity
 from pipeline.data.batch import Batch
 from pipeline.data.blocks import BlockLoader, open_blocks
 from pipeline.data.crops import Views
@@ -77,13 +78,27 @@ class Question:
         rows = data.micro_batch_size or _ROWS_AT_ONCE
         return max(1, min(rows // self.views, data.global_batch_size))
 
+    @property
+    def beside(self) -> Question | None:
+        """The same with running averages, where norm.compare asks for their scores, too."""
+        if not self.config.norm.compare:
+            return None
+        config = completed(self.config, norm={"compare": False, "precise_images": 0})
+        return replace(self, config=config, settings={**self.settings, **_by_config(config)})
+
     def scores(self) -> dict[str, Any] | None:
         """What evaluation.json says, where all is done."""
         path = self.directory / SCORES
         if not path.is_file():
             return None
         scores: dict[str, Any] = json.loads(path.read_text())
-        return scores
+        if self.beside is None:
+            return scores
+        other = self.beside.scores()
+        return other and {
+            **scores,
+            "running_averages": {name: other[name] for name in ("loss", "top1", "top5", "images")},
+        }
 
     def results(self) -> Results:
         """Raises PredictionsError where the directory holds results of something else."""
@@ -96,11 +111,16 @@ def ask(config: Config, dataset: Dataset, checkpoint: Path, views: int) -> Quest
     images = dataset.manifest.count(_SPLIT)
     settings = {
         "checkpoint": file_sha256(checkpoint), "step": step, "split": _SPLIT, "images": images, "views": views,
-        "statistics": statistics_used(config), "statistics_batch": _statistics_batch(config),
         "rows_at_once": config.data.micro_batch_size or _ROWS_AT_ONCE, "accelerator": accelerator_of(config),
-        "torch": torch.__version__, "config": identity(config),
+        "torch": str(torch.__version__), **_by_config(config),
     }  # fmt: skip
-    return Question(config, checkpoint, views, images, step, json.loads(json.dumps(settings)))
+    return Question(config, checkpoint, views, images, step, settings)
+
+
+def _by_config(config: Config) -> dict[str, Any]:
+    """Which statistics, and what else the run is."""
+    return {"statistics": statistics_used(config), "statistics_batch": _statistics_batch(config),
+            "config": json.loads(json.dumps(identity(config)))}  # fmt: skip
 
 
 def _statistics_batch(config: Config) -> int:
@@ -112,20 +132,23 @@ def evaluate(question: Question, world: World, console: Console) -> dict[str, An
 
     Goes on where an earlier start was stopped. Raises InterruptedRunError, DataError, PredictionsError, FailedRunError.
     """
-    scores = question.scores()
-    if scores is None:
-        results = question.results()
-        with _told(question, results, world), interruptible():
-            _answer(question, results, world, console)
-            if not world.leads:
-                return None
-            scores = _finished(question, results, console)
-    elif world.leads:
+    if question.scores() is None:
+        for each in (question, question.beside):
+            if each is None or each.scores() is not None:
+                continue
+            results = each.results()
+            with _told(each, results, world), interruptible():
+                _answer(each, results, world, console)
+                if world.leads:
+                    _finish(each, results, console)
+    else:
         console.print(f"all {question.images:,} images were evaluated already, in {question.directory}",
                       highlight=False, soft_wrap=True)  # fmt: skip
-    if world.leads:
-        write_atomically(question.config.directory / SCORES, (json.dumps(scores, indent=2) + "\n").encode())
-    return scores if world.leads else None
+    if not world.leads:
+        return None
+    scores = question.scores()
+    write_atomically(question.config.directory / SCORES, (json.dumps(scores, indent=2) + "\n").encode())
+    return scores
 
 
 @contextmanager
@@ -155,7 +178,9 @@ def _answer(question: Question, results: Results, world: World, console: Console
     progress = EvaluationProgress(console, images, kept)
     with progress:
         run = assemble(question.config, world)
-        load_weights(run.classifier, question.checkpoint)
+        state = load_weights(run.classifier, question.checkpoint)
+        if not question.config.norm.precise_images:  # a validation may have put the population's in their place
+            run.classifier.model.load_state_dict(running_averages(state) or {}, strict=False)
         evaluator = _evaluator(question, run, results, [n for n in missing if n % world.size == world.rank], progress)
         trainer = build_trainer(run, [])
         try:
@@ -275,7 +300,7 @@ def _wait(results: Results, question: Question, progress: EvaluationProgress) ->
             )
 
 
-def _finished(question: Question, results: Results, console: Console) -> dict[str, Any]:
+def _finish(question: Question, results: Results, console: Console) -> None:
     """Put all together and score it. Raises DataError where more images are bad than the config allows."""
     predictions, faults = results.put_together()
     _report(faults, question, results.directory, console)
@@ -290,7 +315,6 @@ def _finished(question: Question, results: Results, console: Console) -> dict[st
     }  # fmt: skip
     results.finish(predictions)
     write_atomically(results.directory / SCORES, (json.dumps(scores, indent=2) + "\n").encode())
-    return scores
 
 
 def _report(faults: list[dict[str, Any]], question: Question, directory: Path, console: Console) -> None:

@@ -145,7 +145,7 @@ def validation_pixels(run: Assembly, count: int) -> Tensor:
     evaluation = run.data.val_loader.workers.items.evaluation
     total = len(evaluation.images.split)
     chosen = np.unique(np.linspace(0, total - 1, min(count, total)).round().astype(int))
-    found = [evaluation.images.load(int(sample), evaluation.crop.crop) for sample in chosen]
+    found = [evaluation.images.load(int(sample), run.data.crop.crop) for sample in chosen]
     crops = [torch.from_numpy(image.copy()) for image in found if not isinstance(image, Fault)]
     if len(crops) < _EXAMPLES:
         raise DataError(

@@ -8,12 +8,13 @@ import pytest
 import torch
 from rich.console import Console
 
-from pipeline import models, run
+from pipeline import models
 from pipeline.callbacks.journal import read_journal
-from pipeline.cli.settling import settled
+from pipeline.cli.settling import settle, settled
 from pipeline.launch.plan import open_run
 from pipeline.norm import SyncBatchNorm
 from pipeline.norm.statistics import held, kept, statistics_among
+from pipeline.run.evaluating import ask, evaluate
 from pipeline.training.checkpoint import checkpoints
 from pipeline.world import World
 from tests.multiprocess.ranks import run_ranks
@@ -39,7 +40,8 @@ def compared(shards, tmp_path_factory):
 
 
 def rank_of_evaluation(rank, world, config, checkpoint):
-    run.evaluate(config, World.from_environment(), Console(quiet=True), checkpoint=checkpoint)
+    config, dataset = settle(config)
+    evaluate(ask(config, dataset, checkpoint, 1), World.from_environment(), Console(quiet=True))
 
 
 def evaluated(config, checkpoint: Path, *overrides: str) -> dict:
