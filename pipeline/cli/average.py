@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pipeline.cli.codes import DONE
 from pipeline.cli.options import add_verb, count
-from pipeline.cli.runs import _launch_here, agree, of_run
+from pipeline.cli.runs import agree, launch_here, of_run
 from pipeline.cli.settling import settled
 
 NAME = "average.ckpt"
@@ -55,7 +55,7 @@ def average(options: argparse.Namespace) -> int:
     if config.world > 1 and not World.is_launched():
         files = [str(path) for path in members]  # single files: a run may write one more meanwhile
         flags = ["--output", str(output), *(["--no-members"] if options.no_members else [])]
-        return _launch_here(config, ["average", *files, *overrides, *flags])
+        return launch_here(config, ["average", *files, *overrides, *flags])
     from pipeline.run.averaging import average as averaged
 
     world = World.from_environment()

@@ -22,7 +22,7 @@ from pipeline.norm.statistics import kept
 from pipeline.run.assembly import assemble, build_trainer
 from pipeline.run.failures import interruptible
 from pipeline.run.reports import statistics_used
-from pipeline.training.checkpoint_io import STAMP, CheckpointFiles, damage, write_checkpoint
+from pipeline.training.checkpoint_io import STAMP, CheckpointFiles, damage, weights_of, write_checkpoint
 from pipeline.training.soup import SoupError, mean_of
 from pipeline.world import World
 
@@ -42,8 +42,7 @@ class Member:
     identity: Mapping[str, Any]
 
     def weights(self) -> Mapping[str, Tensor]:
-        state: Mapping[str, Tensor] = CheckpointFiles().load_checkpoint(self.path)["state_dict"]
-        return state
+        return weights_of(CheckpointFiles().load_checkpoint(self.path))
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +120,7 @@ def _scored(
     console.print(f"scoring {name} ...", highlight=False, soft_wrap=True)
     run = assemble(config, world)
     try:
+        run.classifier.averaging = None  # of a run that keeps an average, that is the network from here on
         run.classifier.load_state_dict(state)
     except RuntimeError:
         raise ConfigError(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -43,6 +43,7 @@ from pipeline.run import load_weights, read_weights
 from pipeline.run.assembly import Assembly, accelerator_of, assemble, build_trainer
 from pipeline.run.failures import interruptible
 from pipeline.run.reports import statistics_used
+from pipeline.training.checkpoint_io import AVERAGED
 from pipeline.training.classifier import Classifier
 from pipeline.world import World
 
@@ -107,7 +108,10 @@ class Question:
 
 def ask(config: Config, dataset: Dataset, checkpoint: Path, views: int) -> Question:
     """All that the results depend on. Raises DataError for what is no checkpoint."""
-    step = int(read_weights(checkpoint)["global_step"])
+    state = read_weights(checkpoint)
+    step = int(state["global_step"])
+    if AVERAGED in state:  # running averages are those of the trained weights
+        config = completed(config, norm={"compare": False})
     images = dataset.manifest.count(_SPLIT)
     settings = {
         "checkpoint": file_sha256(checkpoint), "step": step, "split": _SPLIT, "images": images, "views": views,
@@ -180,7 +184,7 @@ def _answer(question: Question, results: Results, world: World, console: Console
         run = assemble(question.config, world)
         state = load_weights(run.classifier, question.checkpoint)
         if not question.config.norm.precise_images:  # a validation may have put the population's in their place
-            run.classifier.model.load_state_dict(running_averages(state) or {}, strict=False)
+            run.classifier.model.load_state_dict(_averages(state), strict=False)
         evaluator = _evaluator(question, run, results, [n for n in missing if n % world.size == world.rank], progress)
         trainer = build_trainer(run, [])
         try:
@@ -189,6 +193,11 @@ def _answer(question: Question, results: Results, world: World, console: Console
             evaluator.buffer.flush()
         if world.leads:
             _wait(results, question, progress)
+
+
+def _averages(state: Mapping[str, Any]) -> Mapping[str, Tensor]:
+    """Running averages that lie beside the weights; of averaged weights there are none but those among them."""
+    return {} if AVERAGED in state else running_averages(state) or {}
 
 
 def _evaluator(

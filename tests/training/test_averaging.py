@@ -1,14 +1,15 @@
+import json
+
 import pytest
 import torch
-from rich.console import Console
 
-from pipeline import models, run
+from pipeline import models
 from pipeline.callbacks.journal import read_journal
+from pipeline.cli import main
 from pipeline.norm import SyncBatchNorm, population
 from pipeline.training.averaging import Averaging
 from pipeline.training.checkpoint import checkpoints
 from pipeline.training.checkpoint_io import CheckpointError, weights_of
-from pipeline.world import World
 from tests.multiprocess.ranks import run_ranks
 from tests.multiprocess.test_resume import config, final, train_rank
 
@@ -84,8 +85,9 @@ def test_both_are_validated_the_average_is_chosen_by_and_evaluation_takes_it(sha
             assert ours.loss != theirs.loss
             assert theirs.trained_loss is None
     last = checkpoints(averaged.directory / "checkpoints")[-1]
-    scores = run.evaluate(averaged, World(), Console(quiet=True), checkpoint=last)
-    assert (scores.loss, scores.top1) == (with_it[-1].loss, with_it[-1].top1)
+    assert main(["evaluate", str(averaged.directory), "--checkpoint", str(last)]) == 0
+    scores = json.loads((averaged.directory / "evaluation.json").read_text())
+    assert (scores["loss"], scores["top1"]) == (pytest.approx(with_it[-1].loss, abs=1e-6), with_it[-1].top1)
 
     assert weights_of(left) is left["averaged"]
     assert weights_of(left, averaged=False) is left["state_dict"]
