@@ -25,9 +25,8 @@ SETTINGS = "pretrained_settings"  # in the header, under the names of pretrained
 def write(network: nn.Module, description: Description, path: Path) -> None:
     """Their tensors, how an image becomes their input, and beside it which layer became which. Raises ExportError."""
     preprocessing, options = description.preprocessing, description.options
-    wanted = {**OPTIONS, "width": 1.0, "activation": "relu", "response_norm": False, "per_activation": False}
+    wanted = {**OPTIONS, "width": 1.0, "activation": "relu", "response_norm": False, "per_activation": 0}
     wrong = [f"model.{name} = {options.get(name)}" for name, value in wanted.items() if options.get(name) != value]
-    wrong += [f"model.per_activation = {count}"] if (count := options.get("per_activation")) else []
     if description.name != "bn_inception" or wrong:
         raise ExportError(
             f"--format cadene: {', '.join(wrong) or f'model.name = {description.name}'} is not of that layout; "

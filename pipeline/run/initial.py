@@ -134,7 +134,8 @@ def _unwrapped(path: Path, content: Mapping[str, Any]) -> dict[str, Tensor]:
 def _check_cadene(path: Path, config: Config, mean: list[float]) -> None:
     """Raises ConfigError naming every key that these weights need otherwise."""
     wanted: dict[str, Any] = {
-        "name": "bn_inception", "width": 1.0, "activation": "relu", "response_norm": False, **OPTIONS,
+        "name": "bn_inception", "width": 1.0, "activation": "relu", "response_norm": False,
+        "per_activation": 0, **OPTIONS,
     }  # fmt: skip
     wrong = [f"model.{key}={_word(value)}" for key, value in wanted.items() if getattr(config.model, key) != value]
     if config.norm.eps != EPS:

@@ -96,11 +96,9 @@ def test_the_snippet_of_a_model_card_runs_and_gives_the_networks_answer(
     small = ["model.stem=small", "model.width=0.125", "data.image_size=16", "data.evaluation_crop=1.0"]
     config = run_of(shards, tmp_path, *small)
     place = tmp_path / "card"
-    words = ["--format", form, "--output", str(place), "--speed"]
-    monkeypatch.setattr("pipeline.export.speed.SECONDS", 0.001)
-    assert cli.main(["export", str(config.directory), *words, "--input", takes]) == 0
+    assert cli.main(["export", str(config.directory), "--format", form, "--output", str(place), "--input", takes]) == 0
     text = (place / "README.md").read_text()
-    for fact in (config.data.digest, "bn_x5", "step-00000007.ckpt", "torch ", "Apache-2.0", "eager", "torch.compile"):
+    for fact in (config.data.digest, "bn_x5", "step-00000007.ckpt", "torch ", "Apache-2.0", "probabilities within"):
         assert fact in text
     code = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
     (place / "photo.jpg").write_bytes(noise_image(3, 16, 16, "PNG"))  # exact pixels, whatever the name says
@@ -137,6 +135,20 @@ def test_a_run_in_cadenes_layout_is_the_same_network_under_their_names(shards, t
     assert left["weights"].keys() == tensors.keys()
     assert left["images"].shape == (1, 3, 32, 32)
     assert left["images"].dtype == np.float32
+
+
+def test_speed_is_measured_beside_eager_and_compiled_pytorch_and_stands_in_the_card(
+    shards, tmp_path, monkeypatch, capsys
+):
+    config = run_of(shards, tmp_path, "model.stem=small", "model.width=0.125", "data.image_size=16")
+    monkeypatch.setattr("pipeline.export.speed.SECONDS", 0.001)
+    assert cli.main(["export", str(config.directory), "--format", "onnx", "--speed"]) == 0
+    said, text = capsys.readouterr().out, (config.directory / "export" / "onnx" / "README.md").read_text()
+    assert "1 threads of" in said
+    for form in ("eager", "eager, folded", "torch.compile, folded", "onnx"):
+        assert form in said
+        for batch in (1, 32):
+            assert re.search(rf"\| {form} \| {batch} \| [\d.,]+ \| [\d.,]+ to [\d.,]+ \| 10 \|", text)
 
 
 def test_a_file_that_computes_something_else_is_not_kept(shards, tmp_path, monkeypatch, capsys):
