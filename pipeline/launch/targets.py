@@ -68,6 +68,7 @@ def slurm_job(runs: Sequence[Config], array: str = "", sweep: str = "", links: P
     inside = slurm.container != "none"
     places = [here, config.directory.absolute().parent]
     places += [Path(config.data.root).absolute()] if config.data.root and "://" not in config.data.root else []
+    places += [Path(config.model.init).absolute().parent] if config.model.init else []
     known = bool(config.data.cache) and "$" not in config.data.cache  # what a variable names the nodes alone know
     made = (Path(config.data.cache).expanduser().absolute(),) if inside and known else ()
     gpus = 0 if cluster.accelerator == "cpu" else cluster.devices
@@ -89,7 +90,8 @@ def container_of(config: Config, driver: Path = Path("/proc/driver/nvidia/versio
     engine = docker.engine or first_of("docker", "podman") or "docker"
     has_gpus = cluster.accelerator == "cuda" or (cluster.accelerator == "auto" and driver.exists())
     mounts = [Mount(source=Path(path).absolute(), target=_place(key, path), writable=writable)
-              for key, path, writable in (("data.cache", data.cache, True), ("data.root", data.root, False))
+              for key, path, writable in (("data.cache", data.cache, True), ("data.root", data.root, False),
+                                          ("model.init", config.model.init, False))
               if path and "://" not in path and not path.startswith("~") and "$" not in path]  # fmt: skip
     variables = ["WANDB_API_KEY"] if config.tracking.mode in ("auto", "online") else []
     _place("run.dir, run.id", str(config.directory))

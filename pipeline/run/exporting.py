@@ -26,6 +26,7 @@ from pipeline.export.description import FOLDED, KEPT, PIXELS, Description, Expor
 from pipeline.norm.population import estimate
 from pipeline.run import load_weights
 from pipeline.run.assembly import Assembly, accelerator_of, assemble, micro_batch_images, model_options
+from pipeline.run.failures import interruptible
 from pipeline.run.origin import origin
 from pipeline.run.reports import table
 from pipeline.training.classifier import Classifier
@@ -78,7 +79,12 @@ def export(
 ) -> None:
     """Write, load anew, compare, publish. Raises ExportError, DataError or ConfigError, and then leaves nothing."""
     check(config, request)
-    run = assemble(_alone(config), World())
+    with interruptible():  # what is half written goes with a signal, too
+        _export(assemble(_alone(config), World()), console, checkpoint, request, progress)
+
+
+def _export(run: Assembly, console: Console, checkpoint: Path, request: Request, progress: Progress) -> None:
+    config = run.config
     state = load_weights(run.classifier, checkpoint)
     classifier = run.classifier.to(accelerator_of(config)).eval()
     _set_statistics(run, classifier, progress)

@@ -298,6 +298,7 @@ def test_the_page_writes_checkpoints_often_since_a_notice_is_short():
     ("skypilot.image=", "skypilot.image is not set, and the nodes must pull one"),
     ("skypilot.bucket=", "skypilot.bucket = '' is no bucket, and a run must outlive its machines"),
     ("skypilot.bucket=/nvme/runs", "skypilot.bucket = /nvme/runs is no bucket"),
+    ("model.init=first.pth", "model.init = first.pth is a file of this machine, which rented nodes do not see"),
     ("skypilot.bucket=s3://Ours", "skypilot.bucket = s3://Ours is no bucket"),
     ("skypilot.accelerator='H100:8'", "skypilot.accelerator = 'H100:8' is no name of one; write it as H100"),
     ("skypilot.cpus=many", "skypilot.cpus = many is not read; write a number"),

@@ -201,6 +201,14 @@ def test_a_node_that_is_none_starts_nothing(node, tmp_path):
     assert "give the number of this machine, 0 to 3, each once" in done.stderr
 
 
+def test_weights_to_begin_from_are_mounted_and_cannot_be_written(tmp_path):
+    container = container_of(config("model.init=weights/first.pth", "data.root=/data/shards", "tracking.mode=disabled"))
+    mount = next(m for m in container.data if m.target.endswith("first.pth"))
+    assert (mount.source, mount.target, mount.writable) == (
+        Path("weights/first.pth").absolute(), "/scratch/weights/first.pth", False,
+    )  # fmt: skip
+
+
 def test_a_path_means_the_same_on_both_sides():
     assert place("runs/first") == "/scratch/runs/first"
     assert place("/data/runs/first") == "/data/runs/first"
