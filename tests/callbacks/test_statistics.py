@@ -8,12 +8,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from pipeline import models
 from pipeline.callbacks.journal import read_journal
 from pipeline.cli.settling import settle, settled
 from pipeline.launch.plan import open_run
-from pipeline.norm import SyncBatchNorm
-from pipeline.norm.statistics import held, kept, statistics_among
 from pipeline.run.evaluating import ask, evaluate
 from pipeline.training.checkpoint import checkpoints
 from pipeline.world import World
@@ -98,21 +95,3 @@ def test_they_do_not_depend_on_ranks(compared, shards, tmp_path):
     for one, several in zip(validations(compared), three, strict=True):
         assert several.running_loss == pytest.approx(one.running_loss, abs=1e-9)
         assert several.loss == pytest.approx(one.loss, abs=1e-9)
-
-
-def test_a_module_evaluates_with_what_it_is_given_and_then_with_its_own():
-    torch.manual_seed(0)
-    model = models.build("bn_inception", num_classes=3, norm=SyncBatchNorm, stem="small", width=0.125).eval()
-    x = torch.randn(2, 3, 16, 16)
-    before, own = model(x).main_NK, kept(model)
-    others = {name: value + 0.5 for name, value in own.items()}
-    with held(model, others):
-        assert not torch.equal(model(x).main_NK, before)
-        assert all(torch.equal(value, others[name]) for name, value in kept(model).items())
-    assert torch.equal(model(x).main_NK, before)
-    assert own.keys() == statistics_among(model.state_dict()).keys()
-    assert len(own) == 138
-    with pytest.raises(ValueError, match=r"137 statistics are missing, stem\.0\.norm\.running_var the first"), \
-            held(model, dict(list(own.items())[:1])):  # fmt: skip
-        pass
-    assert torch.equal(model(x).main_NK, before)
