@@ -30,14 +30,16 @@ SCORES = (
     Metric("loss", "nats", BOTH, "mean over the row's images; of training with label smoothing and auxiliary head"),
     Metric("top1", "fraction", BOTH, "of the row's images"),
     Metric("top5", "fraction", BOTH, "of the row's images"),
-    Metric("trained_loss", "nats", VAL, "where weights are averaged, and loss is theirs: of the trained ones"),
-    Metric("trained_top1", "fraction", VAL, "where weights are averaged, and top1 is theirs: of the trained ones"),
-    Metric("trained_top5", "fraction", VAL, "where weights are averaged, and top5 is theirs: of the trained ones"),
 )
 RUNNING = (  # beside the scores with population statistics
     Metric("running_loss", "nats", VAL, "loss of the same validation with running averages; with norm.compare alone"),
     Metric("running_top1", "fraction", VAL, "of the same images, with running averages; with norm.compare alone"),
     Metric("running_top5", "fraction", VAL, "of the same images, with running averages; with norm.compare alone"),
+)
+TRAINED = (  # beside the scores of averaged weights
+    Metric("trained_loss", "nats", VAL, "where weights are averaged, and loss is theirs: of the trained ones"),
+    Metric("trained_top1", "fraction", VAL, "where weights are averaged, and top1 is theirs: of the trained ones"),
+    Metric("trained_top5", "fraction", VAL, "where weights are averaged, and top5 is theirs: of the trained ones"),
 )
 SPEED = (
     Metric("rate", "", TRAIN, "learning rate of the last step"),
@@ -92,7 +94,7 @@ OF_EACH_GPU = (  # of GPU <g> of a node, as NVIDIA's driver numbers them: gpu<g>
     Metric("celsius", "degrees", TRAIN, "of the chip"),
     Metric("watts", "W", TRAIN, "drawn"),
 )
-METRICS = (*AXES, *SCORES, *RUNNING, *SPEED, *ONLY_IN_CSV, *ONLY_IN_WANDB)
+METRICS = (*AXES, *SCORES, *RUNNING, *TRAINED, *SPEED, *ONLY_IN_CSV, *ONLY_IN_WANDB)
 
 
 def wandb_name(metric: Metric, split: str) -> str:
