@@ -12,10 +12,12 @@ from pipeline.config import (
     differences,
     identity,
     read_config,
+    statistics_group,
     to_yaml,
 )
 
 RECIPES = sorted(path.stem for path in (CONF / "recipe").glob("*.yaml"))
+TODAYS = ("modern", "large_batch", "fast")
 DATA = sorted(path.stem for path in (CONF / "data").glob("*.yaml"))
 MEMBERS = [f"bn_x30_member_{n}" for n in range(6)]
 CLUSTERS = sorted(path.stem for path in (CONF / "cluster").glob("*.yaml"))
@@ -45,6 +47,7 @@ def test_every_file_of_the_axes_is_a_page_with_its_command():
         *MEMBERS,
         "bn_x5_sigmoid",
         "smoke",
+        *TODAYS,
         "mlp_sigmoid",
         "mlp_sigmoid_bn",
         "fine_tune",
@@ -66,7 +69,8 @@ def test_every_cluster_is_a_page_with_its_command_and_only_a_circumstance(cluste
 
 
 def test_recipes_carry_the_papers_values():
-    values = {name: compose_config([f"recipe={name}", "data=imagenet"]) for name in RECIPES}
+    names = [name for name in RECIPES if name not in TODAYS]
+    values = {name: compose_config([f"recipe={name}", "data=imagenet"]) for name in names}
     rates = {name: c.optimizer.rate for name, c in values.items()}
     assert rates == {
         "inception": 0.0015, "bn_baseline": 0.0015, "bn_x5": 0.0075, "bn_x30": 0.045, "bn_x5_sigmoid": 0.0075,
@@ -103,6 +107,19 @@ def test_members_of_the_ensemble_are_bn_x30_with_the_changes_that_the_paper_name
         {"model.initial_gain": 1.5}, {"model.dropout": 0.05}, {"model.dropout": 0.1}, {"model.per_activation": 1},
         {"model.dropout": 0.05, "model.initial_gain": 1.5}, {"model.dropout": 0.1, "model.per_activation": 2},
     ]  # fmt: skip
+
+
+def test_recipes_of_today_are_whole_runs_of_their_curves_with_groups_that_hold_32_to_128_images():
+    for name in TODAYS:
+        for world in (8, 16, 32, 64):
+            c = compose_config([f"recipe={name}", "data=imagenet", f"cluster.devices={world}"])
+            share = c.data.global_batch_size / (world * -(-c.data.global_batch_size // (world * 128)))
+            assert 32 <= share * int(statistics_group(c, world)) <= 128
+        assert c.schedule.epochs == c.trainer.max_epochs
+        assert (c.data.micro_batch_size, c.norm.group_images, c.trainer.precision) == (128, 128, "bf16")
+        page = (CONF / "recipe" / f"{name}.yaml").read_text()
+        assert "not run by us" in page
+        assert f"recipe={name} data=cifar10" in page
 
 
 def test_cifar10_changes_nothing_of_a_recipe_but_what_its_page_states():
@@ -170,6 +187,36 @@ def test_single_activations_are_normalized_by_bn_inception_alone():
     )
 
 
+@pytest.mark.parametrize(
+    ("world", "batch", "micro", "group"),
+    [(64, 8192, 0, 1), (256, 8192, 0, 4), (128, 8192, 0, 2), (8, 8192, 128, 1), (3, 96, 0, 0), (1, 24, 0, 0),
+     (12, 1200, 0, 1), (6, 250, 0, 3), (96, 3072, 0, 4)],
+)  # fmt: skip
+def test_a_group_holds_as_many_images_on_any_number_of_ranks(world, batch, micro, group):
+    config = compose_config(
+        ["norm.group_images=128", f"cluster.devices={world}", f"data.global_batch_size={batch}",
+         f"data.micro_batch_size={micro}"]
+    )  # fmt: skip
+    assert statistics_group(config, world) == group
+
+
+def test_a_group_of_so_many_images_that_cannot_be_is_refused_with_the_way_out():
+    large = ("norm.group_images=128", "data.global_batch_size=8192")
+    assert refused(*large, "cluster.devices=8") == (
+        "norm.group_images = 128, and one of 8 ranks holds 1024 images at once; set data.micro_batch_size=128, or run "
+        "on 64 ranks or more"
+    )
+    assert "make groups of [20, 140], none of 32 to 128" in refused(
+        "norm.group_images=128", "data.global_batch_size=140", "cluster.devices=7"
+    )
+    assert "say the same thing twice" in refused("norm.group_images=128", "norm.group_size=1")
+
+
+def test_a_gamma_of_zero_is_for_residual_branches():
+    assert compose_config(["model.name=resnet50", "model.zero_gamma=true"]).model.zero_gamma
+    assert "bn_inception has no residual branch" in refused("model.zero_gamma=true")
+
+
 def test_statistics_may_be_those_of_a_node():
     config = compose_config(["norm.group_size=node", "cluster.devices=4", "cluster.nodes=2"])
     assert config.norm.group_size == "node"
@@ -195,11 +242,12 @@ def test_optimizers_and_curves_that_cannot_be_are_refused_where_the_user_types()
 
 
 def test_images_that_cannot_grow_are_refused_where_the_user_types():
-    growing = ("data=folder", "data.root=x", "augment.first_size=160", "augment.growth_epochs=3")
-    assert compose_config(growing).augment.size_step == 32
-    assert "does not grow to data.image_size = 128" in refused(*growing, "data.image_size=128")
+    growing = ("data=folder", "data.root=x", "augment.first_size=0.6", "augment.growth_epochs=3")
+    assert compose_config(growing).augment.growth_steps == 3
+    assert "augment.first_size = 1.5 must lie between 0.1 and 1" in refused("augment.first_size=1.5")
     assert "leaves no epoch" in refused(*growing, "augment.growth_epochs=0")
-    assert "takes images of one size" in refused(*growing, "model.name=mlp")
+    assert "is not for model.name = mlp, which takes images of one size" in refused(*growing, "model.name=mlp")
+    assert "is not for model.per_activation" in refused(*growing, "model.per_activation=1")
     assert "augment.mixup = 3.0 must lie between 0 and 2" in refused("augment.mixup=3")
 
 

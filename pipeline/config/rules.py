@@ -56,6 +56,7 @@ def checked(config: Config) -> Config:
     for key in ("data.mean", "data.std"):
         if len(flat[key]) != 3 or (key == "data.std" and min(flat[key]) <= 0):
             raise ConfigError(f"{key} = {flat[key]} must be three numbers, of red, green and blue; std above 0")
+    statistics_group(c, c.world)
     size = c.cluster.devices if c.norm.group_size == "node" else c.norm.group_size
     if not isinstance(size, int) or size < 0:
         raise ConfigError(f'norm.group_size = {size!r} is not offered; give a number of ranks, 0 for all, or "node"')
@@ -67,6 +68,9 @@ def checked(config: Config) -> Config:
         )
     _check_descent(c)
     _check_growth(c)
+    if c.model.zero_gamma and c.model.name in ("bn_inception", "inception", "bn_mlp", "mlp"):
+        raise ConfigError(f"model.zero_gamma = true: {c.model.name} has no residual branch beside which it could begin "
+                          "as nothing, and behind a gamma of 0 no weight would learn; leave it at false")  # fmt: skip
     if c.averaging.decay and not c.norm.precise_images and c.model.name not in ("inception", "mlp"):
         raise ConfigError(f"averaging.decay = {c.averaging.decay} needs statistics of the averaged weights' own, and "
                           "norm.precise_images = 0 estimates none; set it to 8192")  # fmt: skip
@@ -84,6 +88,34 @@ def checked(config: Config) -> Config:
     if check is not None:
         check(c)
     return config
+
+
+def statistics_group(c: Config, world: int) -> int | str:
+    """Ranks that share statistics in a world of so many, as norm.group_size says it. Raises ConfigError.
+
+    norm.group_images asks for as many as hold no more images than that, and no fewer than a quarter: shares of a batch
+    are runs of places, so that the same images are together on any number of ranks that divides them alike.
+    """
+    most, batch, micro = c.norm.group_images, c.data.global_batch_size, c.data.micro_batch_size
+    if not most:
+        return c.norm.group_size
+    if c.norm.group_size:
+        raise ConfigError(f"norm.group_size = {c.norm.group_size} and norm.group_images = {most} say the same thing "
+                          "twice; leave one at 0")  # fmt: skip
+    at_once = world * (-(-batch // (world * micro)) if micro else 1)  # shares that the global batch is cut into
+    largest, smallest = -(-batch // at_once), batch // at_once
+    if largest > most:
+        raise ConfigError(f"norm.group_images = {most}, and one of {world} ranks holds {largest} images at once; set "
+                          f"data.micro_batch_size={most}, or run on {-(-batch // most)} ranks or more")  # fmt: skip
+    sizes = [g for g in range(1, world + 1) if world % g == 0]
+    group = max(g for g in sizes if g * largest <= most)
+    if group == world:
+        return 0
+    if group * smallest * 4 < most:
+        raise ConfigError(f"norm.group_images = {most}: {world} ranks of {smallest} images make groups of "
+                          f"{[g * smallest for g in sizes]}, none of {-(-most // 4)} to {most}; choose another number "
+                          "of ranks, or norm.group_size")  # fmt: skip
+    return group
 
 
 def _check_descent(c: Config) -> None:
@@ -106,18 +138,16 @@ def _check_descent(c: Config) -> None:
 
 
 def _check_growth(c: Config) -> None:
-    augment, full = c.augment, c.data.image_size
-    if not augment.first_size:
+    augment = c.augment
+    if augment.first_size == 1:
         return
-    if augment.first_size >= full:
-        raise ConfigError(f"augment.first_size = {augment.first_size} does not grow to data.image_size = {full}; lower "
-                          "it, or set it to 0")  # fmt: skip
     if not augment.growth_epochs:
         raise ConfigError("augment.growth_epochs = 0 leaves no epoch for augment.first_size; set it to the epochs in "
-                          "which images grow, or first_size to 0")  # fmt: skip
-    if c.model.name in ("bn_mlp", "mlp"):
-        raise ConfigError(f"augment.first_size = {augment.first_size} is not for model.name = {c.model.name}, which "
-                          "takes images of one size; set it to 0, or choose another model")  # fmt: skip
+                          "which images grow, or first_size to 1")  # fmt: skip
+    if c.model.name in ("bn_mlp", "mlp") or c.model.per_activation:
+        what = "model.per_activation" if c.model.per_activation else f"model.name = {c.model.name}"
+        raise ConfigError(f"augment.first_size = {augment.first_size} is not for {what}, which takes images of one "
+                          "size; set it to 1, or choose another model")  # fmt: skip
 
 
 # A variable of a secret's name, given anything but what another variable or command says.
@@ -245,11 +275,11 @@ _AT_LEAST = re.compile(r"(\d+(\.\d+)?\+?)?", re.ASCII)
 _INTERFACES = re.compile(r"|[\w.:@-]+(,[\w.:@-]+)*", re.ASCII)
 _ADAPTERS = re.compile(r"|\^?=?[\w.:-]+(,[\w.:-]+)*", re.ASCII)  # ^ = all but these, "=" = exactly these: both NCCL's
 _LEAST = {
-    "norm.precise_images": 0, "data.num_classes": 0, "data.image_size": 1,
+    "norm.precise_images": 0, "norm.group_images": 0, "data.num_classes": 0, "data.image_size": 1,
     "data.global_batch_size": 1, "data.micro_batch_size": 0, "data.window": 0, "data.cache_gb": 0,
     "optimizer.rate_batch_size": 1,
-    "schedule.epochs": 0, "augment.operations": 0, "augment.magnitude_spread": 0, "augment.first_size": 0,
-    "averaging.every_steps": 1, "averaging.start_epochs": 0, "augment.size_step": 1, "augment.growth_epochs": 0,
+    "schedule.epochs": 0, "augment.operations": 0, "augment.magnitude_spread": 0,
+    "averaging.every_steps": 1, "averaging.start_epochs": 0, "augment.growth_steps": 1, "augment.growth_epochs": 0,
     "optimizer.weight_decay": 0, "schedule.warmup_epochs": 0, "loss.auxiliary_weight": 0, "trainer.max_epochs": -1,
     "trainer.max_steps": -1, "trainer.threads": 0, "trainer.validate_every_epochs": 0,
     "trainer.checkpoint_every_steps": 0, "trainer.checkpoint_every_minutes": 0, "trainer.keep_checkpoints": 1,
@@ -269,7 +299,8 @@ _POSITIVE = (
 _BETWEEN = {
     "seed": (0, 2**32 - 1), "model.dropout": (0, 0.999), "model.per_activation": (0, 10),
     "norm.momentum": (0, 1), "data.evaluation_crop": (0.05, 1), "data.bad_samples": (0, 1),
-    "augment.area_min": (0, 1), "augment.magnitude": (0, 10), "augment.mixup": (0, 2), "augment.cutmix": (0, 2),
+    "augment.area_min": (0, 1), "augment.magnitude": (0, 10), "augment.mixup": (0, 2),
+    "augment.cutmix": (0, 2), "augment.first_size": (0.1, 1),
     "docker.port": (1024, 65535),
     "averaging.decay": (0, 0.999999), "schedule.final_factor": (0, 1), "schedule.warmup_factor": (0, 1),
     "optimizer.second_momentum": (0, 0.99999),

@@ -43,6 +43,7 @@ class ModelConfig:
     auxiliary_head: bool = False
     literal_fig5: bool = False  # 128 instead of 96 channels in two projections, as printed
     count_padding: bool = False  # average pools divide by 9 at the edges, too, as weights that circulate need
+    zero_gamma: bool = False  # torchvision's residual networks alone: the last gamma of each branch begins at 0
     initial_gain: float = 1.0  # factor on the standard deviation of initial weights: of convolutions, or all of the mlp
     per_activation: int = 0  # last modules of bn_inception that normalize each activation on its own: 1 = 5b, 2 = 5a
     # and 5b; 0 = none. It binds the network to data.image_size
@@ -53,6 +54,8 @@ class NormConfig:
     """Which ranks share batch statistics, and how population statistics are kept."""
 
     group_size: int | str = 0  # ranks that share statistics; 0 = all, 1 = each its own, node = those of a node
+    group_images: int = 0  # images that share statistics, at most: group_size is chosen for it by the number of ranks,
+    # so that 128 stay 128 on 64 ranks or 256; 0 = by group_size
     momentum: float = 0.1  # weight of the new batch (torch's sense); torchvision's networks keep their own, and eps
     eps: float = 1e-3
     precise_images: int = 8192  # training images for population statistics before a validation; 0 = running average
@@ -104,9 +107,9 @@ class AugmentConfig:
     magnitude_spread: float = 0.5  # standard deviation of an operation's own magnitude
     mixup: float = 0.0  # alpha of the Beta(alpha, alpha) share of two images' pixels; 0 = none
     cutmix: float = 0.0  # alpha of the share of a box of one image in another; 0 = none. Both: half the images each
-    first_size: int = 0  # pixels a side in the first epoch, growing to data.image_size; 0 = that from the first on
-    size_step: int = 32  # pixels by which images grow
-    growth_epochs: float = 0.0  # until images have their full size
+    first_size: float = 1.0  # side in the first epoch, as a fraction of data.image_size; 1 = that from the first on
+    growth_steps: int = 3  # in which images grow to it
+    growth_epochs: float = 0.0  # until they have
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -42,19 +42,19 @@ UNCHANGED = Variation()
 
 @dataclass(frozen=True, slots=True)
 class Growth:
-    """Images that grow with the epochs: `first` pixels a side in the first one, by `step` at a time, whole in `epochs`.
+    """Images that grow with the epochs: from `first`, a fraction of the full side, in so many steps, whole in `epochs`.
 
     Progressive resizing (Howard 2018), as FFCV's recipes do it: an epoch has one size.
     """
 
-    first: int
-    step: int
+    first: float
+    steps: int
     epochs: float
 
     def size(self, epoch: int, full: int) -> int:
         """Pixels a side in an epoch, counted from 0."""
-        done = min(epoch / self.epochs, 1.0)
-        return full if done >= 1 else self.first + int((full - self.first) * done / self.step) * self.step
+        done = min(int(epoch / self.epochs * self.steps), self.steps) / self.steps
+        return max(round(full * (self.first + (1 - self.first) * done)), 1)
 
     def sizes(self, full: int) -> list[int]:
         """All that there are, in their order."""

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from pipeline.callbacks.wandb_server import WandbPlace, last_position_on_server, wandb_mode
-from pipeline.config import Config, ConfigError, completed, differences, identity, read_config
+from pipeline.config import Config, ConfigError, completed, differences, identity, read_config, statistics_group
 from pipeline.data.augment import Preparation
 from pipeline.data.dataset import Dataset, Location
 from pipeline.data.decode import DECODER, REGIONS
@@ -77,7 +77,8 @@ class _Patient:
     @property
     def cut(self) -> arithmetic.Cut:
         c = self.config
-        group = c.cluster.devices if c.norm.group_size == "node" else int(c.norm.group_size)
+        size = statistics_group(c, c.world)
+        group = c.cluster.devices if size == "node" else int(size)
         return arithmetic.Cut(c.data.global_batch_size, c.world, c.data.micro_batch_size, group)
 
     @property

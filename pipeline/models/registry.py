@@ -28,7 +28,8 @@ def build(name: str, *, num_classes: int, norm: NormFactory | None = None, **opt
 
     name: "bn_inception", "inception", "bn_mlp", "mlp", or any torchvision classification model. norm(channels) builds
     the norms of our own; torchvision's keep torch's, to be converted by the caller. options: those of
-    InceptionNetwork or DenseNetwork; torchvision models take `dropout` alone. Raises ValueError naming the nearest
+    InceptionNetwork or DenseNetwork; torchvision models take `dropout`, and of them
+    resnets `zero_gamma`. Raises ValueError naming the nearest
     model, or the options that do not exist.
     """
     if name in MODELS:
@@ -37,14 +38,18 @@ def build(name: str, *, num_classes: int, norm: NormFactory | None = None, **opt
     # Not at the top: torchvision takes 2.7 s to import, and our own models do not need it.
     from torchvision import models as torchvision_models
 
-    dropout = options.pop("dropout", None)
+    dropout, zero_gamma = options.pop("dropout", None), options.pop("zero_gamma", False)
+    more: dict[str, object] = dict(_TORCHVISION_OPTIONS.get(name, {}))
+    if zero_gamma:  # Goyal et al. 2017: each residual block begins as the identity
+        if torchvision_models.get_model_builder(name).__module__ != torchvision_models.resnet.__name__:
+            raise ValueError(f"model.zero_gamma = true: torchvision's {name} has no such option, its resnets and "
+                             "resnexts have; leave it at false")  # fmt: skip
+        more["zero_init_residual"] = True
     if options:
         raise ValueError(
-            f"model options {sorted(options)} do not exist for torchvision's {name}; it takes dropout alone"
+            f"model options {sorted(options)} do not exist for torchvision's {name}; it takes dropout and zero_gamma"
         )
-    model = torchvision_models.get_model(
-        name, weights=None, num_classes=num_classes, **_TORCHVISION_OPTIONS.get(name, {})
-    )
+    model = torchvision_models.get_model(name, weights=None, num_classes=num_classes, **more)
     assert isinstance(model, nn.Module)
     return _with_sample_dropout(model, None if dropout is None else float(str(dropout)))
 

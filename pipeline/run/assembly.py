@@ -17,7 +17,7 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 
 from pipeline import models
-from pipeline.config import Config, ConfigError, identity
+from pipeline.config import Config, ConfigError, completed, identity, statistics_group
 from pipeline.data.augment import Augmentation, CentreCrop, Growth, Preparation
 from pipeline.data.batch import micro_batches
 from pipeline.data.datamodule import ImageData
@@ -73,7 +73,7 @@ def assemble(config: Config, world: World) -> Assembly:
     data = build_data(config, world)
     if data.train_loader.read_ahead is not None and world.local_rank == 0:  # once a node; the leading rank's goes to
         data.train_loader.read_ahead.warn = partial(_LOG.warning, "node %d: %s", world.node)  # its console
-    model = build_model(config)
+    model = build_model(config, ranks=world.size)
     check_sizes(config, model)
     classifier = Classifier(
         model,
@@ -140,23 +140,23 @@ def build_augmentation(config: Config) -> Augmentation:
         config.data.decoder,
         policy=Policy(a.operations, a.magnitude, a.magnitude_spread) if a.operations else None,
         mixing=Mixing(a.mixup, a.cutmix) if a.mixup or a.cutmix else None,
-        growth=Growth(a.first_size, a.size_step, a.growth_epochs) if a.first_size else None,
+        growth=Growth(a.first_size, a.growth_steps, a.growth_epochs) if a.first_size < 1 else None,
     )
 
 
-def build_model(config: Config) -> torch.nn.Module:
-    """The network with its norms, frozen ones in evaluation mode for good."""
-    network = _build_network(config)
+def build_model(config: Config, *, ranks: int = 0) -> torch.nn.Module:
+    """The network with its norms, frozen ones in evaluation mode for good. ranks: 0 = the config's."""
+    network = _build_network(config, statistics_group(config, ranks or config.world))
     if config.norm.frozen:
         freeze(network, config.norm.frozen)
     return network
 
 
-def _build_network(config: Config) -> torch.nn.Module:
+def _build_network(config: Config, group_size: int | str) -> torch.nn.Module:
     """Our networks are handed a factory of norms, torchvision's are converted."""
     model, norm, options = config.model, config.norm, model_options(config)
     if model.name in MODELS:
-        how: dict[str, Any] = {"group_size": norm.group_size, "momentum": norm.momentum, "eps": norm.eps}
+        how: dict[str, Any] = {"group_size": group_size, "momentum": norm.momentum, "eps": norm.eps}
         if model.name not in DENSE:
             options["place_norm"] = partial(PerActivationNorm, **how)
         factory = partial(SyncBatchNorm, **how)
@@ -165,13 +165,15 @@ def _build_network(config: Config) -> torch.nn.Module:
         network = models.build(model.name, num_classes=config.data.num_classes, **options)
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    return convert(network, group_size=norm.group_size)
+    return convert(network, group_size=group_size)
 
 
 def model_options(config: Config) -> dict[str, Any]:
     """What `models.build` is given of the network beside its name, its classes and its norm."""
     model = config.model
     options: dict[str, Any] = {} if model.dropout is None else {"dropout": model.dropout}
+    if model.zero_gamma:
+        options["zero_gamma"] = True
     if model.name not in MODELS:
         return options
     options |= {"activation": model.activation, "initial_gain": model.initial_gain}
@@ -188,11 +190,11 @@ def check_sizes(config: Config, model: torch.nn.Module) -> None:
     growth, full = build_augmentation(config).growth, config.data.image_size
     if growth is None:
         return
-    plain = revert(copy.deepcopy(model))
+    plain = revert(copy.deepcopy(model))  # those of torchvision are not known to any rule
     for size in growth.sizes(full)[:-1]:
         if not operations_per_image(plain, size):
             raise ConfigError(f"augment.first_size = {growth.first}: {config.model.name} takes no images of {size} "
-                              f"pixels a side; begin larger, or set it to 0 for {full} from the first epoch on"
+                              f"pixels a side; begin larger, or set it to 1 for {full} from the first epoch on"
                               )  # fmt: skip
 
 
@@ -281,6 +283,17 @@ def build_strategy(config: Config, world: World, files: CheckpointFiles) -> Stra
         broadcast_buffers=False,  # batch statistics never travel: each rank computes them, groups have their own
         gradient_as_bucket_view=True,
     )  # fmt: skip
+
+
+def evaluated_by(config: Config, world: World) -> Config:
+    """The config with micro-batches that hold as many images as shared statistics in training, by all ranks there are.
+
+    A run on many ranks is evaluated on few, which would hold a large batch at once, and estimate by it.
+    """
+    if not config.norm.group_images:
+        return config
+    together = -(-min(config.norm.group_images, config.data.global_batch_size) // world.size)
+    return completed(config, norm={"group_images": 0}, data={"micro_batch_size": together})
 
 
 def micro_batch_images(config: Config, world: int) -> int:

@@ -19,7 +19,7 @@ from pipeline.config import Config, ConfigError, identity
 from pipeline.data.shards import DataError
 from pipeline.evaluation.metrics import Scores
 from pipeline.norm.statistics import kept
-from pipeline.run.assembly import assemble, build_trainer
+from pipeline.run.assembly import assemble, build_trainer, evaluated_by
 from pipeline.run.failures import interruptible
 from pipeline.run.reports import statistics_used
 from pipeline.training.checkpoint_io import STAMP, CheckpointFiles, damage, weights_of, write_checkpoint
@@ -118,7 +118,7 @@ def _scored(
     beside: what to call those that the state comes with, if they are to be scored, too.
     """
     console.print(f"scoring {name} ...", highlight=False, soft_wrap=True)
-    run = assemble(config, world)
+    run = assemble(evaluated_by(config, world), world)
     try:
         run.classifier.averaging = None  # of a run that keeps an average, that is the network from here on
         run.classifier.load_state_dict(state)

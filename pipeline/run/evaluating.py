@@ -128,7 +128,8 @@ def _by_config(config: Config) -> dict[str, Any]:
 
 
 def _statistics_batch(config: Config) -> int:
-    return min(config.data.global_batch_size, config.data.micro_batch_size or _STATISTICS_IMAGES)
+    together = config.norm.group_images or config.data.micro_batch_size or _STATISTICS_IMAGES
+    return min(config.data.global_batch_size, together)
 
 
 def evaluate(question: Question, world: World, console: Console) -> dict[str, Any] | None:
@@ -181,7 +182,7 @@ def _answer(question: Question, results: Results, world: World, console: Console
         return
     progress = EvaluationProgress(console, images, kept)
     with progress:
-        run = assemble(question.config, world)
+        run = assemble(completed(question.config, norm={"group_images": 0}), world)  # it has batches of its own
         state = load_weights(run.classifier, question.checkpoint)
         if not question.config.norm.precise_images:  # a validation may have put the population's in their place
             run.classifier.model.load_state_dict(_averages(state), strict=False)

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from pipeline.config import Config, ConfigError, completed
+from pipeline.config import Config, ConfigError, completed, statistics_group
 from pipeline.data.images import Fault
 from pipeline.data.shards import DataError
 from pipeline.export import card, graph, layout_file, parity, publication, speed, weights
@@ -122,10 +122,14 @@ def _export(run: Assembly, console: Console, checkpoint: Path, request: Request,
 
 def _alone(config: Config) -> Config:
     """The run as one process has it: a micro-batch is the images whose statistics were taken together."""
-    group = config.cluster.devices if config.norm.group_size == "node" else int(config.norm.group_size)
+    size = statistics_group(config, config.world)
+    group = config.cluster.devices if size == "node" else int(size)
     together = -(-micro_batch_images(config, config.world) * (group or config.world) // config.world)
     return completed(
-        config, cluster={"devices": 1, "nodes": 1}, norm={"group_size": 0}, data={"micro_batch_size": together}
+        config,
+        cluster={"devices": 1, "nodes": 1},
+        norm={"group_size": 0, "group_images": 0},
+        data={"micro_batch_size": together},
     )
 
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.config import Config
+from pipeline.config import Config, statistics_group
 from pipeline.data.order import SORTED, WELL_MIXED, Order, shard_mixing, shuffle_quality
 from pipeline.evaluation.metrics import Scores
 from pipeline.run.assembly import Assembly, micro_batch_images
@@ -38,8 +38,13 @@ def announce(run: Assembly, start: Path | None, console: Console) -> None:
     order, label_S = loader.shares.order, loader.images.split.label_S
     if order.window < len(order.counts):
         console.print(_mixing(order, label_S, config.data.global_batch_size), highlight=False, soft_wrap=True)
-    if pieces > 1:
-        micro = micro_batch_images(config, run.world.size)
+    micro = micro_batch_images(config, run.world.size)
+    if config.norm.group_images:
+        group = int(statistics_group(config, run.world.size)) or run.world.size
+        console.print(f"batch statistics are those of {-(-micro * group // run.world.size)} images, on {group} of "
+                      f"{run.world.size} {'process' if run.world.size == 1 else 'processes'}; a step has {pieces} "
+                      f"micro-batch{'' if pieces == 1 else 'es'}", highlight=False, soft_wrap=True)  # fmt: skip
+    elif pieces > 1:
         console.print(f"gradients accumulate over {pieces} micro-batches a step; batch statistics are those of a "
                       f"micro-batch, {micro} images over all ranks", highlight=False, soft_wrap=True)  # fmt: skip
     if start:

@@ -101,7 +101,7 @@ def test_blended_pixels_are_those_of_the_definition():
 
 
 def test_images_grow_by_whole_steps_to_their_full_size():
-    growth = Growth(first=128, step=32, epochs=12)
+    growth = Growth(first=0.5714286, steps=3, epochs=12)
     assert [growth.size(epoch, 224) for epoch in (0, 3, 4, 7, 8, 11, 12, 90)] == [
         128,
         128,
@@ -113,12 +113,12 @@ def test_images_grow_by_whole_steps_to_their_full_size():
         224,
     ]
     assert growth.sizes(224) == [128, 160, 192, 224]
-    assert Growth(10, 4, 0.5).sizes(24) == [10, 24]
+    assert Growth(0.4, 4, 0.5).sizes(24) == [10, 24]
 
 
 @pytest.mark.parametrize("world", [1, 3])
 def test_an_epoch_has_one_size_on_all_ranks_and_statistics_the_full_one(shards, world):
-    augment = Augmentation(16, growth=Growth(8, 4, 2))
+    augment = Augmentation(16, growth=Growth(0.5, 2, 2))
     for rank in range(world):
         images = ImageData(
             open_dataset(Location(str(shards))), num_classes=5, augment=augment, crop=CentreCrop(16, 1.0),

@@ -37,10 +37,20 @@ def test_an_unknown_model_names_the_nearest():
 
 
 def test_options_of_our_networks_are_refused_for_torchvision():
-    with pytest.raises(ValueError, match="it takes dropout alone"):
+    with pytest.raises(ValueError, match="it takes dropout and zero_gamma"):
         models.build("resnet18", num_classes=2, width=0.5)
 
 
 def test_an_unknown_stem_is_refused():
     with pytest.raises(ValueError, match=r"model\.stem = 'tiny' is not a stem"):
         models.build("bn_inception", num_classes=2, norm=nn.BatchNorm2d, stem="tiny")
+
+
+def test_residual_branches_may_begin_as_nothing():
+    plain, zero = (models.build("resnet18", num_classes=3, zero_gamma=z) for z in (False, True))
+    last = [m for name, m in zero.named_modules() if name.endswith("bn2")]
+    assert len(last) == 8
+    assert all((norm.weight == 0).all() for norm in last)
+    assert not any((m.weight == 0).any() for m in plain.modules() if isinstance(m, nn.BatchNorm2d))
+    with pytest.raises(ValueError, match=r"model\.zero_gamma = true: torchvision's mobilenet_v3_small has no such"):
+        models.build("mobilenet_v3_small", num_classes=3, zero_gamma=True)

@@ -118,6 +118,14 @@ def test_losses_do_not_depend_on_who_mixes_whose_images(shards, tmp_path, world)
     torch.testing.assert_close(losses(shards, tmp_path, world, *mixes), losses(shards, tmp_path, 1, *mixes), **EXACT)
 
 
+def test_statistics_of_so_many_images_are_of_the_same_images_on_other_ranks(shards, tmp_path):
+    """12 of 24 images: of each of two ranks by itself, of four ranks by twos, of one in two micro-batches."""
+    groups = "norm.group_images=12"
+    two = losses(shards, tmp_path, 2, groups)
+    torch.testing.assert_close(losses(shards, tmp_path, 4, groups), two, **EXACT)
+    torch.testing.assert_close(losses(shards, tmp_path, 1, groups, "data.micro_batch_size=12"), two, **EXACT)
+
+
 def test_with_local_statistics_they_do(shards, tmp_path, one_rank):
     local = losses(shards, tmp_path, 2, "norm.group_size=1")
     assert (local - one_rank).abs().max() > 1e-3

@@ -70,7 +70,7 @@ STOPS = [
     (1, 8, ["recipe=bn_baseline", "model.stem=small"]),
     (2, 7, ["optimizer.name=lars", "schedule.form=polynomial", "schedule.warmup_epochs=1", "optimizer.nesterov=true"]),
     (2, 8, ["augment.mixup=0.4", "augment.cutmix=1", "augment.operations=2", "loss.label_smoothing=0.1",
-            "augment.first_size=8", "augment.size_step=4", "augment.growth_epochs=2", "cluster.workers=1"]),
+            "augment.first_size=0.5", "augment.growth_steps=2", "augment.growth_epochs=2", "cluster.workers=1"]),
     (2, 8, ["averaging.decay=0.9", "averaging.every_steps=2", "averaging.start_epochs=0.5"]),
     (1, 5, ["averaging.decay=0.9", "trainer.validate_every_epochs=2", "trainer.precision=64"]),
     (2, 7, ["optimizer.name=lamb", "schedule.form=cosine", "optimizer.rate=0.001"]),
