@@ -12,17 +12,17 @@ from collections.abc import Iterator, Sequence
 
 from pipeline.data.batch import Batch, collate
 from pipeline.data.crops import Views
-from pipeline.data.dataset import Dataset
 from pipeline.data.decode import Pixels
+from pipeline.data.evaluation_set import EvaluationSet
 from pipeline.data.images import Fault, Images, open_images
 from pipeline.data.loader import Item, Workers
 
 
 class Blocks:
-    """The views of every image of a split, `images_each` images at a time."""
+    """The views of every image of a split, `images_each` images at a time. label_of: what a label there is called."""
 
-    def __init__(self, images: Images, views: Views, images_each: int):
-        self.images, self.views, self.images_each = images, views, images_each
+    def __init__(self, images: Images, views: Views, images_each: int, label_of: Sequence[int]):
+        self.images, self.views, self.images_each, self.label_of = images, views, images_each, label_of
 
     def __len__(self) -> int:
         return math.ceil(len(self.images.split) / self.images_each)
@@ -43,7 +43,7 @@ class Blocks:
             else:
                 samples.append(sample)
                 pixels += loaded
-        labels = [int(self.images.split.label_S[s]) for s in samples]
+        labels = [int(self.label_of[self.images.split.label_S[s]]) for s in samples]
         each, total = self.views.count, self.views.count * self.images_each
         batch = collate(
             pixels, _repeated(labels, each), [0] * len(pixels), self.views.variations * len(samples),
@@ -56,9 +56,10 @@ def _repeated(values: Sequence[int], times: int) -> list[int]:
     return [value for value in values for _ in range(times)]
 
 
-def open_blocks(source: Dataset, split: str, num_classes: int, views: Views, images_each: int) -> Blocks:
-    """The images of one split of a data set. Raises DataError."""
-    return Blocks(open_images(source, split, num_classes), views, images_each)
+def open_blocks(source: EvaluationSet, views: Views, images_each: int) -> Blocks:
+    """The images of a set. Raises DataError."""
+    images = open_images(source.dataset, source.split, source.classes)
+    return Blocks(images, views, images_each, source.label_of.tolist())
 
 
 class BlockLoader:

@@ -33,21 +33,42 @@ from pipeline.data.sources import open_source
 
 _NUMBERED = re.compile(r"(?:^|/)ILSVRC2012_val_(\d{8})")
 _WNID = re.compile(r"n\d{8}")
+_UNFIT = re.compile(r"[^\w.-]+", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
 class EvaluationSet:
-    """Images to be judged by. split: of the data set. label_of: the run's label for each class of the set."""
+    """Images to be judged by. split: of the data set. label_of: the run's label for each class of the set.
+
+    name: for directories and titles. is_own: whether they are the run's own validation images.
+    """
 
     dataset: Dataset
     split: str
     label_of: NDArray[np.int64]
-    remark: str  # how the classes were matched, for whoever looks
+    name: str = "val"
+    remark: str = ""  # how the classes were matched, for whoever looks
+    is_own: bool = False
 
     @property
     def classes(self) -> int:
         """How many classes its labels are of."""
         return len(self.label_of)
+
+    @property
+    def digest(self) -> str:
+        """Of the images, and of what their classes are to the run."""
+        labels = hashlib.sha256(self.label_of.astype("<i8").tobytes()).hexdigest()
+        return f"{self.dataset.manifest.digest}-{labels[:16]}"
+
+    @property
+    def images(self) -> int:
+        return self.dataset.manifest.count(self.split)
+
+
+def own_images(dataset: Dataset, num_classes: int) -> EvaluationSet:
+    """A run's validation images."""
+    return EvaluationSet(dataset, "val", np.arange(num_classes), is_own=True)
 
 
 def open_evaluation_set(
@@ -71,7 +92,8 @@ def open_evaluation_set(
         dataset = _packed(place, own, workers, progress, say)
     split = "val" if "val" in dataset.manifest.splits else next(iter(sorted(dataset.manifest.splits)))
     labels, remark = class_labels(dataset.manifest.classes, known, num_classes, place)
-    return EvaluationSet(dataset, split, np.array(labels, dtype=np.int64), remark)
+    name = _UNFIT.sub("_", Path(place.rstrip("/")).name) or "set"
+    return EvaluationSet(dataset, split, np.array(labels, dtype=np.int64), name, remark)
 
 
 def class_labels(

@@ -6,13 +6,15 @@ Legend: N images, K classes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from pipeline.evaluation.intervals import Interval, paired_difference, wilson
 from pipeline.evaluation.predictions import Predictions, PredictionsError
+from pipeline.evaluation.quality import Hits, hits
+from pipeline.evaluation.truth import Truth, one_label
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,14 +43,20 @@ class Comparison:
     top5: Interval
 
 
-def compare(members: Sequence[Predictions]) -> Comparison:
-    """Raises PredictionsError for members that do not speak of the same images and classes."""
+def compare(members: Sequence[Predictions], truth_of: Callable[[Predictions], Truth] | None = None) -> Comparison:
+    """truth_of: what is right, where that is not each image's label alone; images that do not count are left out.
+
+    Raises PredictionsError for members that do not speak of the same images and classes.
+    """
     shared, left_out = _on_shared_images(members)
     mean = mean_of(shared)
-    standings = [standing(each) for each in shared]
+    truth = truth_of(mean) if truth_of else one_label(mean.label_N, mean.classes)
+    found = [hits(each.probability_NK, truth) for each in (*shared, mean)]
+    standings = [_standing(each) for each in found]
     best = min(range(len(shared)), key=lambda place: standings[place].top1.value)
-    top1, top5 = (paired_difference(~mean.hits(k), ~shared[best].hits(k)) for k in (1, 5))
-    return Comparison(standings, standing(mean), mean, left_out, best, top1, top5)
+    top1 = paired_difference(~found[-1].top1_N, ~found[best].top1_N)
+    top5 = paired_difference(~found[-1].top5_N, ~found[best].top5_N)
+    return Comparison(standings[:-1], standings[-1], mean, left_out, best, top1, top5)
 
 
 def mean_of(members: Sequence[Predictions]) -> Predictions:
@@ -60,10 +68,10 @@ def mean_of(members: Sequence[Predictions]) -> Predictions:
     return Predictions(first.sample_N, first.key, first.label_N, (total_NK / len(members)).astype(np.float32))
 
 
-def standing(predictions: Predictions) -> Standing:
-    place_N = predictions.places()
-    top1, top5 = (wilson(int((place_N >= k).sum()), len(predictions)) for k in (1, 5))
-    return Standing(len(predictions), top1, top5)
+def _standing(found: Hits) -> Standing:
+    total = len(found.top1_N)
+    top1, top5 = (wilson(total - int(right.sum()), total) for right in (found.top1_N, found.top5_N))
+    return Standing(total, top1, top5)
 
 
 def _on_shared_images(members: Sequence[Predictions]) -> tuple[list[Predictions], list[int]]:

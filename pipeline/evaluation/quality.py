@@ -77,6 +77,7 @@ def hits(probability_NK: NDArray[np.floating], truth: Truth) -> Hits:
     probability_NK, accepted_NK = probability_NK[counted_N], truth.accepted_NK[counted_N]
     best_N5 = answers(probability_NK, 5)
     right_N5: NDArray[np.bool_] = np.take_along_axis(accepted_NK, best_N5, axis=1)
+    right_N5 &= ~np.isnan(np.take_along_axis(probability_NK, best_N5, axis=1))  # what is no number is no answer
     return Hits(right_N5[:, 0].copy(), np.asarray(right_N5.any(1)))
 
 

@@ -45,6 +45,7 @@ class Evaluated:
     """What was evaluated. facts: for the head of the page, name and value. names: of the classes, by label.
 
     keys: of the images. members: rows of a table, one a network, under their heads; none for a single network.
+    remarks: what stands out; notes: what else is to be known.
     picture: a small JPEG or PNG of an image by its place here, or None where there is none.
     """
 
@@ -56,6 +57,7 @@ class Evaluated:
     probability_NK: NDArray[np.floating]
     members: tuple[Sequence[str], Sequence[Sequence[str]]] = ((), ())
     remarks: Sequence[str] = ()
+    notes: Sequence[str] = ()
     picture: Callable[[int], bytes | None] = lambda place: None
 
 
@@ -80,16 +82,18 @@ def evaluation_page(evaluated: Evaluated, scores: Sequence[ClassScore], *, comma
     body: list[Html] = [
         tag("h1", evaluated.title),
         tag("p", f"An evaluation by pipeline · {now.astimezone(UTC):%Y-%m-%d %H:%M} UTC", kind="soft"),
-        *(Html(f'<p class="warn">{escape(remark)}</p>') for remark in remarks),
+        *(tag("p", remark, kind="warn") for remark in remarks),
+        *(tag("p", note, kind="soft") for note in evaluated.notes),
         cards([*evaluated.facts, *_measures(measured)]),
     ]
     if rows:
         body += [tag("h2", "Networks"), table(heads, rows, numbers=range(1, len(heads)))]
     body += [tag("h2", "Confidence and classes"), charts(_figures(evaluated, scores, measured))]
-    known = [score for score in scores if score.images]
-    worst = sorted(known, key=lambda s: (s.recall, -s.images))[:_WORST]
-    body += [tag("h2", f"The {len(worst)} classes that fail most"), _worst_classes(evaluated, worst, found)]
-    body += [_matrix(evaluated, worst, found)]
+    failing = [score for score in scores if score.right < score.images]
+    worst = sorted(failing, key=lambda s: (s.recall, -s.images))[:_WORST]
+    if worst:
+        body += [tag("h2", "The classes that fail most"), _worst_classes(evaluated, worst, found)]
+        body += [_matrix(evaluated, worst, found)]
     body += [tag("h2", "What is taken for what"), _pairs(evaluated, found)]
     body += [tag("h2", "The most confident mistakes"), _mistakes(evaluated)]
     body += [_all_classes(evaluated, scores)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +12,30 @@ from rich.table import Table
 from pipeline.data.shards import write_atomically
 from pipeline.evaluation.ensemble import Comparison, Standing, compare
 from pipeline.evaluation.intervals import DRAWS, Interval
-from pipeline.evaluation.predictions import PredictionsError
+from pipeline.evaluation.predictions import Predictions, PredictionsError
 from pipeline.evaluation.results import PREDICTIONS, digest_of
+from pipeline.evaluation.truth import Truth
 from pipeline.run.evaluating import Question
 
 ENSEMBLE = "ensemble.json"
 
 
-def compare_members(questions: Sequence[Question]) -> Comparison:
-    """Members that are all evaluated, and their mean. Raises PredictionsError."""
+def compare_members(
+    questions: Sequence[Question],
+    seen: Callable[[Predictions, Question], Predictions] = lambda predictions, question: predictions,
+    truth_of: Callable[[Predictions], Truth] | None = None,
+) -> Comparison:
+    """Members that are all evaluated, and their mean. Raises PredictionsError.
+
+    seen: what counts of a member's predictions. truth_of: see ensemble.compare.
+    """
     members = []
     for question in questions:
         predictions = question.results().predictions
         if predictions is None:
             raise PredictionsError(f"{question.directory} holds no {PREDICTIONS}; evaluate {question.config.directory}")
-        members.append(predictions)
-    return compare(members)
+        members.append(seen(predictions, question))
+    return compare(members, truth_of)
 
 
 def place_of(questions: Sequence[Question]) -> Path:
@@ -57,15 +65,25 @@ def keep(comparison: Comparison, questions: Sequence[Question], directory: Path)
 
 def table_of(facts: dict[str, Any]) -> Table:
     table = Table(title=f"ensemble of {len(facts['members'])}: the mean of class probabilities", title_justify="left")
-    for name in ("", "step", "views", "images", "top-1 error, %", "top-5 error, %"):
+    head, (*members, ensemble) = rows_of(facts)
+    for name in head:
         table.add_column(name, justify="right" if name else "left", no_wrap=bool(name))
-    ids = [Path(member["run"]).name for member in facts["members"]]
-    for member, name in zip(facts["members"], ids, strict=True):
-        shown = name if ids.count(name) == 1 else member["run"]
-        table.add_row(shown, f"{member['step']:,}", str(member["views"]), *_cells(member))
+    for row in members:
+        table.add_row(*row)
     table.add_section()
-    table.add_row("ensemble", "", "", *_cells(facts["ensemble"]), style="bold")
+    table.add_row(*ensemble, style="bold")
     return table
+
+
+def rows_of(facts: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """The table's head and rows, the ensemble's last."""
+    ids = [Path(member["run"]).name for member in facts["members"]]
+    rows = [
+        [name if ids.count(name) == 1 else member["run"], f"{member['step']:,}", str(member["views"]), *_cells(member)]
+        for member, name in zip(facts["members"], ids, strict=True)
+    ]
+    head = ["", "step", "views", "images", "top-1 error, %", "top-5 error, %"]
+    return head, [*rows, ["ensemble", "", "", *_cells(facts["ensemble"])]]
 
 
 def _of(question: Question) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from pipeline.config import Config, completed, identity
 from pipeline.data.batch import Batch
 from pipeline.data.blocks import BlockLoader, open_blocks
 from pipeline.data.crops import Views
-from pipeline.data.dataset import Dataset
+from pipeline.data.evaluation_set import EvaluationSet
 from pipeline.data.loader import POPULATION_EPOCH, Items, TrainShares, Workers
 from pipeline.data.shards import DataError, file_sha256, write_atomically
 from pipeline.evaluation.intervals import wilson
@@ -48,7 +48,6 @@ from pipeline.training.classifier import Classifier
 from pipeline.world import World
 
 SCORES, DIRECTORY, BAD_SAMPLES = "evaluation.json", "evaluation", "bad-samples.jsonl"
-_SPLIT = "val"
 _ROWS_AT_ONCE = 144  # views that go through the network together, where data.micro_batch_size does not ask for fewer
 _STATISTICS_IMAGES = 256  # of a batch for the statistics at most: one rank must have room for it
 _LOOK_SECONDS = 1.0  # between looks at how far the other ranks are
@@ -56,12 +55,12 @@ _LOOK_SECONDS = 1.0  # between looks at how far the other ranks are
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What is asked of which weights. images: how many there are."""
+    """What is asked of which weights, about which images."""
 
     config: Config
     checkpoint: Path
     views: int
-    images: int
+    source: EvaluationSet
     step: int
     settings: dict[str, Any]
 
@@ -69,8 +68,13 @@ class Question:
     def directory(self) -> Path:
         """Where its results are."""
         views = f"{self.views}-view{'s' if self.views > 1 else ''}"
-        name = f"step-{self.step:08d}-{_SPLIT}-{views}-{digest_of(self.settings)[:8]}"
+        name = f"step-{self.step:08d}-{self.source.name}-{views}-{digest_of(self.settings)[:8]}"
         return self.config.directory / DIRECTORY / name
+
+    @property
+    def images(self) -> int:
+        """How many there are."""
+        return self.source.images
 
     @property
     def images_each(self) -> int:
@@ -106,19 +110,19 @@ class Question:
         return Results(self.directory, self.settings, self.images)
 
 
-def ask(config: Config, dataset: Dataset, checkpoint: Path, views: int) -> Question:
+def ask(config: Config, source: EvaluationSet, checkpoint: Path, views: int) -> Question:
     """All that the results depend on. Raises DataError for what is no checkpoint."""
     state = read_weights(checkpoint)
     step = int(state["global_step"])
     if AVERAGED in state:  # running averages are those of the trained weights
         config = completed(config, norm={"compare": False})
-    images = dataset.manifest.count(_SPLIT)
     settings = {
-        "checkpoint": file_sha256(checkpoint), "step": step, "split": _SPLIT, "images": images, "views": views,
+        "checkpoint": file_sha256(checkpoint), "step": step, "split": source.name, "images": source.images,
+        "views": views, **({} if source.is_own else {"set": source.digest}),
         "rows_at_once": config.data.micro_batch_size or _ROWS_AT_ONCE, "accelerator": accelerator_of(config),
         "torch": str(torch.__version__), **_by_config(config),
     }  # fmt: skip
-    return Question(config, checkpoint, views, images, step, settings)
+    return Question(config, checkpoint, views, source, step, settings)
 
 
 def _by_config(config: Config) -> dict[str, Any]:
@@ -152,7 +156,8 @@ def evaluate(question: Question, world: World, console: Console) -> dict[str, An
     if not world.leads:
         return None
     scores = question.scores()
-    write_atomically(question.config.directory / SCORES, (json.dumps(scores, indent=2) + "\n").encode())
+    if question.source.is_own:  # what a run is known by is what it says of its own validation images
+        write_atomically(question.config.directory / SCORES, (json.dumps(scores, indent=2) + "\n").encode())
     return scores
 
 
@@ -211,7 +216,7 @@ def _evaluator(
     train = data.train_loader.shares
     items = Items(
         TrainShares(train.images, train.augment, batching),
-        partial(open_blocks, data.dataset, _SPLIT, question.config.data.num_classes, views, question.images_each),
+        partial(open_blocks, question.source, views, question.images_each),
     )
     return Evaluator(question, run, results, BlockLoader(Workers(items, batching.workers), numbers), progress)
 
@@ -320,7 +325,7 @@ def _finish(question: Question, results: Results, console: Console) -> None:
         "loss": float(predictions.losses().mean()) if len(predictions) else 0.0,
         "top1": top1.value, "top5": top5.value, "images": len(predictions),
         "top1_interval": [top1.low, top1.high], "top5_interval": [top5.low, top5.high],
-        "left_out": len(faults), "split": _SPLIT, "views": question.views,
+        "left_out": len(faults), "split": question.source.name, "views": question.views,
         "statistics": question.settings["statistics"], "results": str(question.directory),
     }  # fmt: skip
     results.finish(predictions)
@@ -338,10 +343,10 @@ def _report(faults: list[dict[str, Any]], question: Question, directory: Path, c
         console.print(said, highlight=False, soft_wrap=True)
     console.print(f"evaluation leaves out {len(faults)} of {question.images:,} images, listed in {path}",
                   highlight=False, soft_wrap=True)  # fmt: skip
-    allowed = math.floor(data.bad_samples * question.images)
+    allowed, root = math.floor(data.bad_samples * question.images), question.source.dataset.location.root
     if len(faults) > allowed:
         raise DataError(
-            f"{len(faults)} of {question.images:,} validation images cannot be used, data.bad_samples = "
-            f"{data.bad_samples:g} allows {allowed}; {path} lists them: run `pipeline shards verify {data.root}`, "
+            f"{len(faults)} of {question.images:,} {question.source.name} images cannot be used, data.bad_samples = "
+            f"{data.bad_samples:g} allows {allowed}; {path} lists them: run `pipeline shards verify {root}`, "
             f"bring sound shards and remove {directory}, or raise data.bad_samples"
         )

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from pipeline.callbacks.journal import read_journal
 from pipeline.cli.settling import settle, settled
+from pipeline.data.evaluation_set import own_images
 from pipeline.launch.plan import open_run
 from pipeline.run.evaluating import ask, evaluate
 from pipeline.training.checkpoint import checkpoints
@@ -38,7 +39,8 @@ def compared(shards, tmp_path_factory):
 
 def rank_of_evaluation(rank, world, config, checkpoint):
     config, dataset = settle(config)
-    evaluate(ask(config, dataset, checkpoint, 1), World.from_environment(), Console(quiet=True))
+    source = own_images(dataset, config.data.num_classes)
+    evaluate(ask(config, source, checkpoint, 1), World.from_environment(), Console(quiet=True))
 
 
 def evaluated(config, checkpoint: Path, *overrides: str) -> dict:

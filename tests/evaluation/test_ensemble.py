@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
 
-from pipeline.evaluation.ensemble import compare, mean_of, standing
+from pipeline.evaluation.ensemble import compare, mean_of
 from pipeline.evaluation.predictions import Predictions, PredictionsError
+from pipeline.evaluation.truth import Truth, several_labels
 
 LABELS = np.arange(6) % 3
 
@@ -41,7 +42,19 @@ def test_an_image_that_any_member_could_not_read_counts_for_none():
     assert found.left_out == [1, 4]
     assert found.predictions.sample_N.tolist() == [0, 2, 3, 5]
     assert {m.images for m in [*found.members, found.ensemble]} == {4}
-    assert found.members[0] == standing(member(0, np.array([0, 2, 3, 5])))
+    few = [member(seed, np.array([0, 2, 3, 5])) for seed in range(3)]
+    assert found.members == compare(few).members
+
+
+def test_answers_that_are_accepted_beside_the_label_count_for_members_and_ensemble():
+    members = [member(seed) for seed in range(3)]
+
+    def anything(predictions: Predictions) -> Truth:
+        return several_labels(predictions.label_N, [[0, 1, 2]] * 5 + [[]], 3)
+
+    found = compare(members, anything)
+    assert {m.images for m in [*found.members, found.ensemble]} == {5}  # the last has no right answer
+    assert {m.top1.value for m in [*found.members, found.ensemble]} == {0.0}
 
 
 def test_members_of_other_images_or_classes_are_refused():

@@ -20,6 +20,7 @@ from pipeline import cli, run
 from pipeline.callbacks.preemption import InterruptedRunError
 from pipeline.cli.settling import settle, settled
 from pipeline.config import Config, compose_config
+from pipeline.data.evaluation_set import own_images
 from pipeline.data.writer import write_shards
 from pipeline.evaluation.predictions import Predictions, read_arrays
 from pipeline.evaluation.results import Buffer
@@ -86,7 +87,7 @@ def asked(directory: Path, world: int, views: int, *overrides: str) -> Question:
     checkpoint, _ = newest(directory / "checkpoints")
     assert checkpoint is not None
     config, dataset = settle(of_run(directory / "config.yaml", [f"cluster.devices={world}", *overrides]))
-    return ask(config, dataset, checkpoint, views)
+    return ask(config, own_images(dataset, config.data.num_classes), checkpoint, views)
 
 
 def evaluate_rank(rank: int, world: int, directory: Path, views: int, overrides: list[str]) -> Any:
