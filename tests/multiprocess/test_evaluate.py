@@ -20,6 +20,7 @@ from pipeline import cli, run
 from pipeline.callbacks.preemption import InterruptedRunError
 from pipeline.cli.settling import settle, settled
 from pipeline.config import Config, compose_config
+from pipeline.data.dataset import Location, open_dataset
 from pipeline.data.evaluation_set import own_images
 from pipeline.data.writer import write_shards
 from pipeline.evaluation.predictions import Predictions, read_arrays
@@ -206,6 +207,40 @@ def test_several_runs_make_an_ensemble_whose_table_and_predictions_are_kept(
     assert shown.count("all 21 images were evaluated already") == 2
     assert "ensemble of 2" in shown
     assert "the best member: top-1 error" in shown
+
+
+def damaged(shards: Path, to: Path, sample: int) -> Path:
+    """A copy of a data set, one validation image of which is no image any more."""
+    copy = Path(shutil.copytree(shards, to))
+    split = open_dataset(Location(str(copy))).split("val", 6)
+    with (copy / split.entries[int(split.shard_S[sample])].shard).open("r+b") as shard:
+        shard.seek(int(split.offset_S[sample]))
+        shard.write(b"no image")
+    return copy
+
+
+def test_an_image_that_cannot_be_read_is_left_out_of_all_members_and_changes_no_other(
+    trained_run, mixed_shards, tmp_path, capsys, monkeypatch
+):
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    whole, lacking = (copied(trained_run, tmp_path / name) for name in ("whole", "lacking"))
+    bad = damaged(mixed_shards, tmp_path / "bad", 3)
+    assert cli.main(["evaluate", str(whole), "--views", "10"]) == 0
+    assert cli.main(["evaluate", str(lacking), "--views", "10", f"data.root={bad}"]) == 3
+    assert "1 of 21 validation images cannot be used, data.bad_samples = 0.0001 allows 0" in capsys.readouterr().err
+    assert cli.main(["evaluate", str(lacking), "--views", "10", f"data.root={bad}", "data.bad_samples=0.1"]) == 0
+    said = capsys.readouterr().out
+    assert "going on: 21 of 21 images" in said
+    assert "20, 10 views of each, 1 left out" in said
+    left, right = found(whole, 10)[0], found(lacking, 10)[0]
+    assert right.sample_N.tolist() == [s for s in range(21) if s != 3]
+    np.testing.assert_allclose(right.probability_NK, left.only(right.sample_N).probability_NK, rtol=0, atol=1e-6)
+    (listed,) = lacking.glob("evaluation/*/bad-samples.jsonl")
+    assert json.loads(listed.read_text())["sample"] == 3
+    assert cli.main(["evaluate", str(whole), str(lacking), "--views", "10", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["left_out"], facts["ensemble"]["images"]) == (1, 20)
 
 
 def test_what_makes_no_ensemble_is_refused_with_the_difference(trained_run, shards, tmp_path, capsys):
