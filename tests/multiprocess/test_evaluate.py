@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -207,6 +208,47 @@ def test_several_runs_make_an_ensemble_whose_table_and_predictions_are_kept(
     assert shown.count("all 21 images were evaluated already") == 2
     assert "ensemble of 2" in shown
     assert "the best member: top-1 error" in shown
+
+
+def evaluate_launched(rank: int, world: int, words: list[str]) -> tuple[int, str]:
+    """A rank that another launcher than ours started: what it returns and prints."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        code = cli.main(["evaluate", *words, f"cluster.devices={world}"])
+    return code, said.getvalue()
+
+
+def test_ranks_of_another_launcher_evaluate_one_run_after_the_other(trained_run, mixed_shards, tmp_path):
+    first = copied(trained_run, tmp_path / "a")
+    second = trained(mixed_shards, tmp_path, "run.id=b", "seed=1")
+    words = [str(first), str(second), "--views", "10", "--json"]
+    (code, said), (other_code, other_said) = run_ranks(2, evaluate_launched, words)
+    assert (code, other_code, other_said) == (0, 0, "")
+    facts = json.loads(said)
+    assert facts["ensemble"]["images"] == 21
+    (code, said), _ = run_ranks(2, evaluate_launched, words)  # all there already
+    assert (code, json.loads(said)) == (0, facts)
+
+
+def test_a_signal_ends_it_with_75_and_the_same_command_goes_on(trained_run, tmp_path, capsys, monkeypatch):
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    directory = copied(trained_run, tmp_path / "a")
+    add = Buffer.add
+
+    def counted(buffer: Buffer, *arguments: Any) -> None:
+        add(buffer, *arguments)
+        if len(buffer.blocks) == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Buffer, "add", counted)
+        assert cli.main(["evaluate", str(directory), "--views", "144"]) == 75
+    said = capsys.readouterr().err
+    assert said.startswith("pipeline: interrupted with 4 of 21 images evaluated, in ")
+    assert said.endswith("; the same command goes on from there\n")
+    assert cli.main(["evaluate", str(directory), "--views", "144"]) == 0
+    assert "going on: 4 of 21 images were evaluated already" in capsys.readouterr().out
 
 
 def damaged(shards: Path, to: Path, sample: int) -> Path:
