@@ -8,7 +8,7 @@ squares are the same, and stay three. The 10 views are the first scale's corners
 
 Exactly: a side of s S / 7 pixels and the longer side in proportion are rounded to the nearest, halves up; what is left
 over beside a centre is rounded down; resizing is Pillow's bilinear filter, antialiased, in its whole numbers, so that a
-view is the same to the pixel on any machine. All of the image is decoded: `benchmarks.md` says what a view costs.
+view is the same to the pixel on any machine. All of the image is decoded: benchmarks.md says what that costs.
 """
 
 from __future__ import annotations
