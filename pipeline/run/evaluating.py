@@ -191,7 +191,11 @@ def _answer(question: Question, results: Results, world: World, console: Console
         state = load_weights(run.classifier, question.checkpoint)
         if not question.config.norm.precise_images:  # a validation may have put the population's in their place
             run.classifier.model.load_state_dict(_averages(state), strict=False)
-        evaluator = _evaluator(question, run, results, [n for n in missing if n % world.size == world.rank], progress)
+        mine = [number for number in missing if number % world.size == world.rank]
+        # A rank for which none is left does one that counts for another: Lightning's loop would leave out its hooks,
+        # in which the others wait for it.
+        evaluator = _evaluator(question, run, results, mine or missing[:1], progress)
+        evaluator.counts = bool(mine)
         trainer = build_trainer(run, [])
         try:
             trainer.predict(evaluator, dataloaders=evaluator.loader, return_predictions=False)
@@ -224,8 +228,6 @@ def _evaluator(
 class Evaluator(lightning.LightningModule):
     """The mean of each image's class probabilities over its views, block by block; what it finds goes to its buffer."""
 
-    allow_zero_length_dataloader_with_multiple_devices = True  # a rank may have nothing left to do
-
     def __init__(
         self, question: Question, run: Assembly, results: Results, loader: BlockLoader, progress: EvaluationProgress
     ):
@@ -233,6 +235,7 @@ class Evaluator(lightning.LightningModule):
         self.question, self.world, self.results, self.loader = question, run.world, results, loader
         self.classifier: Classifier = run.classifier
         self.buffer, self.progress = Buffer(results), progress
+        self.counts = True  # what it finds, and is not of another rank's blocks
         self._looked = time.monotonic()
 
     def on_predict_start(self) -> None:
@@ -280,6 +283,8 @@ class Evaluator(lightning.LightningModule):
         return log_mean_NK, loss_N
 
     def on_predict_batch_end(self, outputs: Any, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        if not self.counts:
+            return
         views = self.question.views
         is_image = batch.weight_N[::views].cpu().numpy() > 0
         log_mean_NK, loss_N = (output.cpu().numpy()[is_image] for output in outputs)

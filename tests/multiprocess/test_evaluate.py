@@ -133,7 +133,7 @@ def copied(directory: Path, to: Path) -> Path:
 
 @pytest.mark.parametrize("views", [1, 10, 144])
 def test_three_processes_say_what_one_says_to_the_bit(trained_run, tmp_path, views):
-    fewer = ["data.micro_batch_size=7"] if views == 1 else []  # more blocks than ranks
+    fewer = ["data.micro_batch_size=7"] if views == 1 else []
     answers = {}
     for world in (1, 3):
         directory = copied(trained_run, tmp_path / f"w{world}")
@@ -142,6 +142,16 @@ def test_three_processes_say_what_one_says_to_the_bit(trained_run, tmp_path, vie
         assert scores["images"] == 21
         answers[world] = found(directory, views, *fewer)
     assert same(answers[1], answers[3])
+
+
+def test_a_rank_for_which_no_image_is_left_is_waited_for_by_nobody(trained_run, tmp_path):
+    answers = []
+    for world in (1, 4):  # 21 images in blocks of 10
+        directory = copied(trained_run, tmp_path / f"w{world}")
+        scores, *_ = run_ranks(world, evaluate_rank, directory, 1, [])
+        assert scores["images"] == 21
+        answers.append(found(directory, 1))
+    assert same(*answers)
 
 
 def test_144_views_equal_a_slow_reference(trained_run, mixed_shards, tmp_path):
