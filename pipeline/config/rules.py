@@ -25,6 +25,9 @@ def checked(config: Config) -> Config:
     if c.norm.frozen and not c.model.init:
         raise ConfigError(f"norm.frozen = {c.norm.frozen} keeps statistics that nobody has taken; give the weights "
                           "they belong to, model.init=FILE")  # fmt: skip
+    if c.norm.frozen and c.norm.compare:
+        raise ConfigError(f"norm.compare = true finds no running averages where norm.frozen = {c.norm.frozen}; leave "
+                          "either out")  # fmt: skip
     _choice("trainer.precision", c.trainer.precision, ("32", "bf16", "64"))
     _choice("data.decoder", c.data.decoder, ("", "regions", "whole"))
     _choice("trainer.on_nan", c.trainer.on_nan, ("stop", "skip"))

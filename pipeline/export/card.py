@@ -114,9 +114,9 @@ def _speeds(speeds: Sequence[Speed], machine: str) -> str:
 
 
 _LICENCE = (
-    "The code that trained and wrote it is under Apache-2.0. The weights are whoever's trained them, and what may be "
-    "done with them depends on the data they were trained on too: its manifest names its digest, not its terms. "
-    "ImageNet's images, for one, are for research that earns nothing."
+    "The code that trained and wrote it is under Apache-2.0. The weights belong to whoever trained them. What may be "
+    "done with them may depend on the terms of the data, too, which no manifest holds: look them up before you share "
+    "them. ImageNet's allow non-commercial research and education."
 )
 
 

@@ -10,10 +10,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from pipeline.export.description import NORMALIZED, ExportError
 from pipeline.models.inception import Logits
-from pipeline.norm import fold
+from pipeline.norm import SyncBatchNorm, fold
 
 
 class Deployed(nn.Module):
@@ -53,6 +54,8 @@ def stripped(network: nn.Module) -> nn.Module:
 
 def folded(network: nn.Module) -> nn.Module:
     """A stripped copy whose norms are folded into what comes before them. Raises ExportError."""
+    if not any(isinstance(m, SyncBatchNorm | _BatchNorm) for m in network.modules()):  # nor need it be traced then
+        return stripped(network)
     try:
         return stripped(fold(stripped(network)))
     except (fx.proxy.TraceError, TypeError, RuntimeError) as error:

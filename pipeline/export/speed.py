@@ -35,7 +35,7 @@ def measured(
     forms: Mapping[str, Form],
     images: Tensor,
     *,
-    batches: Sequence[int] = (1, 32),
+    batches: Sequence[int] = (1, 8),
     rounds: int = ROUNDS,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Speed]:

@@ -154,7 +154,7 @@ def validation_pixels(run: Assembly, count: int) -> Tensor:
     """Evaluation crops (N, 3, size, size), uint8, of images from all over the validation set. Raises DataError."""
     evaluation = run.data.val_loader.workers.items.evaluation
     total = len(evaluation.images.split)
-    chosen = np.unique(np.linspace(0, total - 1, min(count, total)).round().astype(int))
+    chosen = np.unique(np.linspace(0, total - 1, min(max(count, _EXAMPLES), total)).round().astype(int))
     found = [evaluation.images.load(int(sample), run.data.crop.crop) for sample in chosen]
     crops = [torch.from_numpy(image.copy()) for image in found if not isinstance(image, Fault)]
     if len(crops) < _EXAMPLES:

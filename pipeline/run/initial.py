@@ -21,7 +21,7 @@ from pipeline.export.layout_file import settings_of, write_table
 from pipeline.export.weights import KEY, read_tensors
 from pipeline.launch.plan import CONFIG, STARTED
 from pipeline.models.layouts import EPS, OPTIONS, LayoutError, Mapped, from_cadene, is_cadene, mean_of
-from pipeline.norm.population import tracked_norms
+from pipeline.norm import SyncBatchNorm
 from pipeline.training.checkpoint_io import STAMP
 
 TABLE = "initial.csv"  # in the run's directory: each tensor of the file, where it went
@@ -81,7 +81,7 @@ def initialize(model: nn.Module, config: Config) -> Initial:
                 "bring that one back, or start a new run"
             )
         content, header = read_tensors(path)
-        layout, tensors, rows = _under_our_names(path, content, header, config, has_norms=bool(tracked_norms(model)))
+        layout, tensors, rows = _under_our_names(path, content, header, config, has_norms=_has_norms(model))
     except OSError as error:
         raise ConfigError(f"model.init = {path}: {error.strerror}; bring the file back, or start a new run") from None
     except (ExportError, LayoutError) as error:
@@ -112,6 +112,10 @@ def _under_our_names(
         ours, rows = from_cadene(tensors, config.data.std)
         return "Cadene's layout", ours, rows
     return layout, tensors, []
+
+
+def _has_norms(model: nn.Module) -> bool:
+    return any(isinstance(module, SyncBatchNorm) for module in model.modules())
 
 
 def _unwrapped(path: Path, content: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -159,4 +159,6 @@ def test_a_file_that_is_not_there_and_frozen_norms_of_nothing_are_one_line(shard
     line = refused(capsys, 2, *here, "model.init=nowhere.pth")
     assert "model.init = nowhere.pth is no file; give the .safetensors, .pth or .ckpt file to begin from" in line
     assert "give the weights they belong to, model.init=FILE" in refused(capsys, 2, *here, "norm.frozen=all")
+    line = refused(capsys, 2, *here, "norm.frozen=all", "norm.compare=true", "model.init=a.pth")
+    assert "norm.compare = true finds no running averages where norm.frozen = all; leave either out" in line
     assert "norm.frozen = 'al' is not offered; did you mean all?" in refused(capsys, 2, *here, "norm.frozen=al")
