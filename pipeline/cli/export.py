@@ -19,7 +19,7 @@ def add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
                  "  pipeline export runs/first --format safetensors --keep-norms --output weights/first")  # fmt: skip
     p.add_argument("run", help="the run's directory")
     p.add_argument("words", nargs="*", metavar="key=value", help="keys to change: norm.precise_images=0 takes the "
-                   "statistics that are stored in the checkpoint")  # fmt: skip
+                   "running averages instead of population statistics")  # fmt: skip
     p.add_argument("--format", choices=FORMATS, required=True, help="safetensors: tensors, for this package; "
                    "torch-export: a program for PyTorch; onnx: for any runtime; cadene: tensors under the names of "
                    "Cadene's and yjxiong's BN-Inception")  # fmt: skip

@@ -59,8 +59,6 @@ def built(description: Description) -> nn.Module:
     if options.get("per_activation"):
         options["place_norm"] = partial(PerActivationNorm, eps=description.eps)
     if description.name in MODELS:
-        if options.get("per_activation"):
-            options["place_norm"] = partial(PerActivationNorm, eps=description.eps)
         network = models.build(description.name, num_classes=description.num_classes, norm=norm, **options)
     else:
         network = convert(models.build(description.name, num_classes=description.num_classes, **options))

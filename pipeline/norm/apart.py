@@ -59,8 +59,10 @@ def estimate_apart(
 
 
 def statistics_of(module: nn.Module) -> Tensor:
-    """The running means of all norms of the module, then the running variances, in float64."""
+    """The running means of all norms of the module that are not frozen, then the running variances, in float64."""
     norms = tracked_norms(module)
+    if not norms:
+        return torch.zeros(0, dtype=torch.float64)
     return torch.cat([_mean(norm) for norm in norms] + [_variance(norm) for norm in norms]).double()
 
 

@@ -39,6 +39,7 @@ from pipeline.evaluation.results import Buffer, Results, digest_of
 from pipeline.launch.failure import AGAIN, FailedRunError
 from pipeline.norm.apart import estimate_apart, set_statistics, statistics_of
 from pipeline.norm.collectives import sum_over_world
+from pipeline.norm.population import tracked_norms
 from pipeline.run import load_weights, read_weights
 from pipeline.run.assembly import Assembly, accelerator_of, assemble, build_trainer
 from pipeline.run.failures import interruptible
@@ -127,11 +128,12 @@ def ask(config: Config, source: EvaluationSet, checkpoint: Path, views: int) -> 
 
 def _by_config(config: Config) -> dict[str, Any]:
     """Which statistics, and what else the run is."""
-    return {"statistics": statistics_used(config), "statistics_batch": _statistics_batch(config),
+    return {"statistics": statistics_used(config), "statistics_batch": statistics_batch(config),
             "config": json.loads(json.dumps(identity(config)))}  # fmt: skip
 
 
-def _statistics_batch(config: Config) -> int:
+def statistics_batch(config: Config) -> int:
+    """Images of a batch for the population statistics."""
     together = config.norm.group_images or config.data.micro_batch_size or _STATISTICS_IMAGES
     return min(config.data.global_batch_size, together)
 
@@ -190,7 +192,7 @@ def _answer(question: Question, results: Results, world: World, console: Console
         run = assemble(completed(question.config, norm={"group_images": 0}), world)  # it has batches of its own
         state = load_weights(run.classifier, question.checkpoint)
         if not question.config.norm.precise_images:  # a validation may have put the population's in their place
-            run.classifier.model.load_state_dict(_averages(state), strict=False)
+            run.classifier.model.load_state_dict(averages(state), strict=False)
         mine = [number for number in missing if number % world.size == world.rank]
         # A rank for which none is left does one that counts for another: Lightning's loop would leave out its hooks,
         # in which the others wait for it.
@@ -205,7 +207,7 @@ def _answer(question: Question, results: Results, world: World, console: Console
             _wait(results, question, progress)
 
 
-def _averages(state: Mapping[str, Any]) -> Mapping[str, Tensor]:
+def averages(state: Mapping[str, Any]) -> Mapping[str, Tensor]:
     """Running averages that lie beside the weights; of averaged weights there are none but those among them."""
     return {} if AVERAGED in state else running_averages(state) or {}
 
@@ -215,7 +217,7 @@ def _evaluator(
 ) -> Evaluator:
     data, views = run.data, Views(question.views, run.data.crop)
     batching = replace(
-        data.batching, world=1, rank=0, micro_batch_size=0, global_batch_size=_statistics_batch(question.config)
+        data.batching, world=1, rank=0, micro_batch_size=0, global_batch_size=statistics_batch(question.config)
     )
     train = data.train_loader.shares
     items = Items(
@@ -246,6 +248,8 @@ class Evaluator(lightning.LightningModule):
     def _take_statistics(self) -> None:
         """Population statistics: those that an earlier start saved, or new ones."""
         model = self.classifier.model
+        if not tracked_norms(model):  # it has none, or they are frozen
+            return
         mine = statistics_of(model).new_zeros(1 + len(statistics_of(model)))
         saved = self.results.statistics() if self.world.leads else None
         if saved is not None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,15 +18,18 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from pipeline.config import Config, ConfigError, completed, statistics_group
+from pipeline.config import Config, ConfigError, completed
+from pipeline.data.batch import Batch
 from pipeline.data.images import Fault
+from pipeline.data.loader import POPULATION_EPOCH, TrainShares
 from pipeline.data.shards import DataError
 from pipeline.export import card, graph, layout_file, parity, publication, speed, weights
 from pipeline.export.deployed import Deployed, folded, stripped
 from pipeline.export.description import FOLDED, KEPT, PIXELS, Description, ExportError, Preprocessing
-from pipeline.norm.population import estimate
+from pipeline.norm.apart import estimate_apart
 from pipeline.run import load_weights
-from pipeline.run.assembly import Assembly, accelerator_of, assemble, micro_batch_images, model_options
+from pipeline.run.assembly import Assembly, accelerator_of, assemble, model_options
+from pipeline.run.evaluating import averages, statistics_batch
 from pipeline.run.failures import interruptible
 from pipeline.run.origin import origin
 from pipeline.run.reports import table
@@ -80,19 +84,22 @@ def export(
     """Write, load anew, compare, publish. Raises ExportError, DataError or ConfigError, and then leaves nothing."""
     check(config, request)
     with interruptible():  # what is half written goes with a signal, too
-        _export(assemble(_alone(config), World()), console, checkpoint, request, progress)
+        run = assemble(_alone(config), World())
+        state = load_weights(run.classifier, checkpoint)
+        classifier = run.classifier.to(accelerator_of(config)).eval()
+        if config.norm.precise_images:
+            _set_statistics(classifier, run, config, progress)
+        else:
+            classifier.model.load_state_dict(averages(state), strict=False)
+        _export(run, console, checkpoint, int(state["global_step"]), request, progress)
 
 
-def _export(run: Assembly, console: Console, checkpoint: Path, request: Request, progress: Progress) -> None:
-    config = run.config
-    state = load_weights(run.classifier, checkpoint)
-    classifier = run.classifier.to(accelerator_of(config)).eval()
-    _set_statistics(run, classifier, progress)
-    classifier = classifier.cpu()
+def _export(run: Assembly, console: Console, checkpoint: Path, step: int, request: Request, progress: Progress) -> None:
+    config, classifier = run.config, run.classifier.cpu()
     pixel_NCHW = validation_pixels(run, request.images)
     trained_NK = _logits(partial(_trained, classifier), pixel_NCHW)
     exact_NK = _logits(partial(_trained, copy.deepcopy(classifier).double()), pixel_NCHW)
-    description = _described(run, request, checkpoint, int(state["global_step"]))
+    description = _described(run, request, checkpoint, step)
     with publication.published(request.directory(config), force=request.force) as place:
         file, size = _written(classifier, pixel_NCHW, description, request, place)
         forms, nodes = _loaded(file, request, description)
@@ -121,33 +128,27 @@ def _export(run: Assembly, console: Console, checkpoint: Path, request: Request,
 
 
 def _alone(config: Config) -> Config:
-    """The run as one process has it: a micro-batch is the images whose statistics were taken together."""
-    size = statistics_group(config, config.world)
-    group = config.cluster.devices if size == "node" else int(size)
-    together = -(-micro_batch_images(config, config.world) * (group or config.world) // config.world)
-    return completed(
-        config,
-        cluster={"devices": 1, "nodes": 1},
-        norm={"group_size": 0, "group_images": 0},
-        data={"micro_batch_size": together},
-    )
+    """The run as one process has it, whose batches for statistics are an evaluation's."""
+    return completed(config, cluster={"devices": 1, "nodes": 1}, norm={"group_size": 0, "group_images": 0})
 
 
-def _set_statistics(run: Assembly, classifier: Classifier, progress: Progress) -> None:
-    """Population statistics, as an evaluation of the same checkpoint takes them."""
-    images, per_batch = run.config.norm.precise_images, run.config.data.global_batch_size / run.data.batching.pieces
+def _set_statistics(classifier: Classifier, run: Assembly, config: Config, progress: Progress) -> None:
+    """Population statistics, with the bits that an evaluation of the same checkpoint gives them on this device."""
+    each, shares = statistics_batch(config), run.data.train_loader.shares
+    batching = replace(run.data.batching, micro_batch_size=0, global_batch_size=each)
+    train = TrainShares(shares.images, shares.augment, batching)
+    count = min(len(shares.images.split) // each, math.ceil(config.norm.precise_images / each))
     device = next(classifier.model.parameters()).device
-    total = min(images, len(run.data.train_loader) * round(per_batch))
 
-    def batches() -> Any:
-        for number, batch in enumerate(run.data.train_loader.population_batches(images), 1):
-            yield type(batch)(*(tensor.to(device) for tensor in batch))
-            progress(min(total, round(number * per_batch)), total)
+    def batches() -> Iterator[tuple[int, Batch]]:
+        for number in range(count):
+            batch, _ = train.load(POPULATION_EPOCH, number)
+            yield number, Batch(*(tensor.to(device) for tensor in batch))
+            progress((number + 1) * each, count * each)
 
-    autocast = torch.autocast(device.type, torch.bfloat16) if run.config.trainer.precision == "bf16" else nullcontext()
-    with autocast:
-        if images:
-            estimate(classifier.model, batches(), forward=classifier, form=run.config.norm.precise_form)
+    is_mixed = config.trainer.precision == "bf16"
+    with torch.autocast(device.type, torch.bfloat16) if is_mixed else nullcontext():
+        estimate_apart(classifier.model, batches(), count, classifier, form=config.norm.precise_form)
 
 
 def validation_pixels(run: Assembly, count: int) -> Tensor:

@@ -22,7 +22,7 @@ from pipeline.export.weights import KEY, read_tensors
 from pipeline.launch.plan import CONFIG, STARTED
 from pipeline.models.layouts import EPS, OPTIONS, LayoutError, Mapped, from_cadene, is_cadene, mean_of
 from pipeline.norm import SyncBatchNorm
-from pipeline.training.checkpoint_io import STAMP
+from pipeline.training.checkpoint_io import AVERAGED, STAMP, weights_of
 
 TABLE = "initial.csv"  # in the run's directory: each tensor of the file, where it went
 _AUXILIARY = ("auxiliary.", "AuxLogits.", "aux1.", "aux2.")  # heads that help in training, ours and torchvision's
@@ -104,8 +104,10 @@ def _under_our_names(
             )
         return f"export of {description.facts.get('run', description.name)}", dict(content), []
     layout = "weights"
-    if STAMP in content:
+    if STAMP in content and isinstance(content.get("state_dict"), dict):
         layout = f"checkpoint of a run, step {content.get('global_step', 0):,}"
+        layout += ", averaged weights" if AVERAGED in content else ""
+        content = weights_of(content)
     tensors = _unwrapped(path, content)
     if is_cadene(tensors):
         _check_cadene(path, config, mean_of(settings_of(header)["mean"]))

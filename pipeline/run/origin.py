@@ -41,7 +41,9 @@ def _scores(directory: Path, step: int) -> dict[str, str]:
     try:
         found = json.loads((directory / "evaluation.json").read_text())
         if found["step"] == step:
-            return {"validation": f"top-1 {found['top1']:.2%}, top-5 {found['top5']:.2%} of {found['images']:,} images"}
+            views = found.get("views", 1)
+            seen = f"{found['images']:,} images, {views} view{'' if views == 1 else 's'} each"
+            return {"validation": f"top-1 {found['top1']:.2%}, top-5 {found['top5']:.2%} of {seen}"}
     except (OSError, ValueError, KeyError, TypeError):
         pass
     try:

@@ -16,6 +16,7 @@ from pipeline.export import ExportError, graph, load, onnx_file, publication
 from pipeline.export.description import parse
 from pipeline.export.weights import read_tensors
 from pipeline.norm import PerActivationNorm
+from pipeline.norm.apart import statistics_of
 from pipeline.run import exporting
 from tests.conftest import noise_image
 from tests.export.runs import NETWORKS, run_of
@@ -75,18 +76,23 @@ def test_a_graph_takes_any_number_of_images_and_normalized_ones_if_asked(shards,
     torch.testing.assert_close(outputs["pixels"], outputs["normalized"], rtol=1e-4, atol=1e-4)
 
 
-def test_statistics_are_those_of_the_training_images_or_the_stored_ones(shards, tmp_path):
+def test_statistics_have_the_bits_of_an_evaluation_or_are_the_running_ones(shards, tmp_path):
     config = run_of(shards, tmp_path, "model.stem=small", "model.width=0.125", "data.image_size=16")
+    assert cli.main(["evaluate", str(config.directory)]) == 0
+    (file,) = (config.directory / "evaluation").glob("*/statistics.npz")
     state = torch.load(config.directory / "checkpoints" / "step-00000007.ckpt", weights_only=True)["state_dict"]
-    means = {}
-    for name, words in (("estimated", []), ("stored", ["norm.precise_images=0"])):
+    networks = {}
+    for name, words in (("estimated", []), ("running", ["norm.precise_images=0"])):
         words += ["--format", "safetensors", "--keep-norms", "--output", str(tmp_path / name)]
         assert cli.main(["export", str(config.directory), *words]) == 0
-        network, description = load(tmp_path / name / "model.safetensors")
+        networks[name], description = load(tmp_path / name / "model.safetensors")
         assert description.norms == "kept"
-        means[name] = network.network.state_dict()["stem.0.norm.running_mean"]
-    assert torch.equal(means["stored"], state["model.stem.0.norm.running_mean"])
-    assert not torch.equal(means["estimated"], means["stored"])
+    evaluated = torch.from_numpy(np.load(file)["values"])
+    assert torch.equal(statistics_of(networks["estimated"].network), evaluated)
+    running = networks["running"].network.state_dict()["stem.0.norm.running_mean"]
+    assert torch.equal(running, state["model.stem.0.norm.running_mean"])
+    assert "top-1" in (tmp_path / "estimated" / "README.md").read_text()
+    assert " images, 1 view each" in (tmp_path / "estimated" / "README.md").read_text()
 
 
 @pytest.mark.parametrize(("form", "takes"), [(f, "pixels") for f in FILES] + [("onnx", "normalized")])

@@ -51,6 +51,26 @@ def test_a_checkpoint_of_a_run_and_its_export_give_every_tensor(shards, tmp_path
             assert torch.equal(tensor, weights[f"model.{name}"]), name
 
 
+def test_averaged_weights_are_what_a_run_begins_from_where_there_are_some(shards, tmp_path):
+    run = run_of(shards, tmp_path, *SMALL)
+    content = torch.load(checkpoint(run), weights_only=True)
+    content["averaged"] = {name: tensor + 1 for name, tensor in content["state_dict"].items()}
+    torch.save(content, tmp_path / "averaged.ckpt")
+    model, initial = begun(config(shards, *SMALL, f"model.init={tmp_path}/averaged.ckpt"))
+    assert initial.layout == "checkpoint of a run, step 7, averaged weights"
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, content["averaged"][f"model.{name}"]), name
+
+
+@pytest.mark.parametrize("words", [["norm.frozen=statistics"], ["recipe=inception"]])
+def test_a_run_whose_norms_are_frozen_or_that_has_none_can_be_evaluated(shards, tmp_path, words):
+    first = run_of(shards, tmp_path / "first", *SMALL, *[word for word in words if "recipe" in word])
+    begin = [f"model.init={checkpoint(first)}"] if "norm.frozen=statistics" in words else []
+    run = run_of(shards, tmp_path / "second", *SMALL, *words, *begin)
+    assert cli.main(["evaluate", str(run.directory)]) == 0
+    assert (run.directory / "evaluation.json").is_file()
+
+
 def test_with_other_classes_the_last_layer_is_new_and_all_else_is_loaded(shards, tmp_path):
     run = run_of(shards, tmp_path, *SMALL, "data.num_classes=9", "model.auxiliary_head=true")
     settings = config(shards, *SMALL, f"model.init={checkpoint(run)}")
