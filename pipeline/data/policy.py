@@ -2,7 +2,7 @@
 
 Operations and their extent are those of torchvision's RandAugment at a scale of 0 to 10, by Pillow: integers whose bits
 depend on no thread, and no import of torchvision in a process that loads (2.7 s). What comes from outside the image is
-grey. By numpy.asarray and back a crop is copied twice, 50 us of 224 x 224 pixels.
+grey. Two operations on 224 x 224 pixels take 0.43 ms of a core beside 1.2 ms of decoding and cropping a photograph.
 """
 
 from __future__ import annotations

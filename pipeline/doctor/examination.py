@@ -79,7 +79,10 @@ class _Patient:
         c = self.config
         size = statistics_group(c, c.world)
         group = c.cluster.devices if size == "node" else int(size)
-        return arithmetic.Cut(c.data.global_batch_size, c.world, c.data.micro_batch_size, group)
+        batch, micro = c.data.global_batch_size, c.data.micro_batch_size
+        if c.norm.group_images and micro * c.world >= batch:  # a bound that goes with groups, of no use here
+            micro = 0
+        return arithmetic.Cut(batch, c.world, micro, group)
 
     @property
     def cuda(self) -> bool:
