@@ -8,6 +8,7 @@ from pipeline.data.batch import Batch
 from pipeline.data.blocks import BlockLoader, open_blocks
 from pipeline.data.crops import Views
 from pipeline.data.dataset import Location, open_dataset
+from pipeline.data.evaluation_set import own_images
 from pipeline.data.images import open_images
 from pipeline.data.loader import Batching, Items, TrainShares, Workers
 
@@ -15,7 +16,7 @@ from pipeline.data.loader import Batching, Items, TrainShares, Workers
 def loader(root: Path, numbers: list[int], *, views: int = 10, workers: int = 0) -> BlockLoader:
     dataset = open_dataset(Location(str(root)))
     shares = TrainShares(open_images(dataset, "train", 5), Augmentation(16), Batching(24))
-    items = Items(shares, lambda: open_blocks(dataset, "val", 5, Views(views, CentreCrop(16)), 4))
+    items = Items(shares, lambda: open_blocks(own_images(dataset, 5), Views(views, CentreCrop(16)), 4))
     return BlockLoader(Workers(items, workers), numbers)
 
 
