@@ -352,10 +352,11 @@ def _report(faults: list[dict[str, Any]], question: Question, directory: Path, c
         console.print(said, highlight=False, soft_wrap=True)
     console.print(f"evaluation leaves out {len(faults)} of {question.images:,} images, listed in {path}",
                   highlight=False, soft_wrap=True)  # fmt: skip
+    kind = "validation" if question.source.is_own else question.source.name
     allowed, root = math.floor(data.bad_samples * question.images), question.source.dataset.location.root
     if len(faults) > allowed:
         raise DataError(
-            f"{len(faults)} of {question.images:,} {question.source.name} images cannot be used, data.bad_samples = "
+            f"{len(faults)} of {question.images:,} {kind} images cannot be used, data.bad_samples = "
             f"{data.bad_samples:g} allows {allowed}; {path} lists them: run `pipeline shards verify {root}`, "
             f"bring sound shards and remove {directory}, or raise data.bad_samples"
         )

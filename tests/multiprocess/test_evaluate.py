@@ -207,6 +207,7 @@ def test_several_runs_make_an_ensemble_whose_table_and_predictions_are_kept(
     facts = json.loads(capsys.readouterr().out)
     assert [member["run"] for member in facts["members"]] == [str(first), str(second)]
     (directory,) = tmp_path.glob("ensemble-*")
+    assert Path(facts.pop("page")).is_file()
     assert json.loads((directory / "ensemble.json").read_text()) == facts
     members = [found(run, 10)[0].probability_NK for run in (first, second)]
     kept = Predictions.load(directory / "predictions.npz")
