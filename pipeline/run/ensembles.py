@@ -41,7 +41,8 @@ def compare_members(
 def place_of(questions: Sequence[Question]) -> Path:
     """A directory beside the first run for these members, in whatever order they are given."""
     members = sorted(digest_of(question.settings) for question in questions)
-    return questions[0].config.directory.parent / f"ensemble-{digest_of({'members': members})[:8]}"
+    # Not ensemble-...: the members may be called so, and who gives them as runs/ensemble-* would give this one, too.
+    return questions[0].config.directory.parent / f"mean-of-{len(members)}-{digest_of({'members': members})[:8]}"
 
 
 def keep(comparison: Comparison, questions: Sequence[Question], directory: Path) -> dict[str, Any]:

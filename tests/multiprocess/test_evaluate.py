@@ -206,7 +206,7 @@ def test_several_runs_make_an_ensemble_whose_table_and_predictions_are_kept(
     assert cli.main(words) == 0
     facts = json.loads(capsys.readouterr().out)
     assert [member["run"] for member in facts["members"]] == [str(first), str(second)]
-    (directory,) = tmp_path.glob("ensemble-*")
+    (directory,) = tmp_path.glob("mean-of-2-*")
     assert Path(facts.pop("page")).is_file()
     assert json.loads((directory / "ensemble.json").read_text()) == facts
     members = [found(run, 10)[0].probability_NK for run in (first, second)]
