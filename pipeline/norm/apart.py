@@ -70,7 +70,7 @@ def statistics_of(module: nn.Module) -> Tensor:
 def set_statistics(module: nn.Module, values: Tensor) -> None:
     """Give the norms what `statistics_of` gave. Raises ValueError for those of another network."""
     norms = tracked_norms(module)
-    buffers = [_mean(norm) for norm in norms] + [_variance(norm) for norm in norms]
+    buffers = [*map(_mean, norms), *map(_variance, norms)]
     sizes = [len(buffer) for buffer in buffers]
     if sum(sizes) != len(values):
         raise ValueError(f"{len(values)} running statistics do not fit a network that has {sum(sizes)}")

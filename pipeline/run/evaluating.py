@@ -39,7 +39,6 @@ from pipeline.evaluation.results import Buffer, Results, digest_of
 from pipeline.launch.failure import AGAIN, FailedRunError
 from pipeline.norm.apart import estimate_apart, set_statistics, statistics_of
 from pipeline.norm.collectives import sum_over_world
-from pipeline.norm.population import tracked_norms
 from pipeline.run import load_weights, read_weights
 from pipeline.run.assembly import Assembly, accelerator_of, assemble, build_trainer
 from pipeline.run.failures import interruptible
@@ -248,9 +247,10 @@ class Evaluator(lightning.LightningModule):
     def _take_statistics(self) -> None:
         """Population statistics: those that an earlier start saved, or new ones."""
         model = self.classifier.model
-        if not tracked_norms(model):  # it has none, or they are frozen
+        own = statistics_of(model)
+        if not len(own):  # no norms, or all of them frozen
             return
-        mine = statistics_of(model).new_zeros(1 + len(statistics_of(model)))
+        mine = own.new_zeros(1 + len(own))
         saved = self.results.statistics() if self.world.leads else None
         if saved is not None:
             mine[0], mine[1:] = 1, torch.from_numpy(saved)

@@ -79,3 +79,10 @@ def test_statistics_go_back_where_they_came_from():
     assert torch.equal(statistics_of(other), statistics_of(module))
     with pytest.raises(ValueError, match="29 running statistics do not fit a network that has 30"):
         set_statistics(other, statistics_of(module)[1:])
+
+
+def test_a_network_without_norms_has_none():
+    module = nn.Conv2d(3, 3, 1)
+    assert len(statistics_of(module)) == 0
+    estimate_apart(module, [(0, images(0))], 1, module)
+    set_statistics(module, statistics_of(module))
