@@ -29,7 +29,7 @@ from pipeline.world import World
 AVERAGED, ESTIMATED = "averages of the members'", "estimated anew"
 # What makes two networks the same function of the same weights; initial weights and dropout are of their training.
 _SAME = ("model.", "norm.eps", "data.image_size", "data.num_classes", "data.mean", "data.std")
-_OF_TRAINING = ("model.initial_gain", "model.dropout")
+_OF_TRAINING = ("model.initial_gain", "model.dropout", "model.init", "model.init_digest", "model.zero_gamma")
 
 
 @dataclass(frozen=True, slots=True)
