@@ -23,7 +23,7 @@ from pipeline.run.assembly import assemble, build_trainer, evaluated_by
 from pipeline.run.failures import interruptible
 from pipeline.run.reports import statistics_used
 from pipeline.training.checkpoint_io import STAMP, CheckpointFiles, damage, weights_of, write_checkpoint
-from pipeline.training.soup import SoupError, mean_of
+from pipeline.training.soup import SOUP, SoupError, mean_of
 from pipeline.world import World
 
 AVERAGED, ESTIMATED = "averages of the members'", "estimated anew"
@@ -84,7 +84,7 @@ def average(
     if world.leads:
         origin = {"members": [member.name for member in found], "scores": [_plain(row) for row in rows]}
         step = max(member.step for member in found)
-        write_checkpoint({"state_dict": soup, "global_step": step, "average": origin}, output, identity(config))
+        write_checkpoint({"state_dict": soup, "global_step": step, SOUP: origin}, output, identity(config))
         console.print(_table(rows, config))
     return rows
 

@@ -45,6 +45,7 @@ from pipeline.run.failures import interruptible
 from pipeline.run.reports import statistics_used
 from pipeline.training.checkpoint_io import AVERAGED
 from pipeline.training.classifier import Classifier
+from pipeline.training.soup import SOUP
 from pipeline.world import World
 
 SCORES, DIRECTORY, BAD_SAMPLES = "evaluation.json", "evaluation", "bad-samples.jsonl"
@@ -114,7 +115,7 @@ def ask(config: Config, source: EvaluationSet, checkpoint: Path, views: int) -> 
     """All that the results depend on. Raises DataError for what is no checkpoint."""
     state = read_weights(checkpoint)
     step = int(state["global_step"])
-    if AVERAGED in state:  # running averages are those of the trained weights
+    if AVERAGED in state or SOUP in state:  # running averages are those of the trained weights
         config = completed(config, norm={"compare": False})
     settings = {
         "checkpoint": file_sha256(checkpoint), "step": step, "split": source.name, "images": source.images,

@@ -11,6 +11,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
+SOUP = "soup"  # in a checkpoint of averaged weights: its members, and what they scored
+
 
 class SoupError(ValueError):
     """States that are not of one network."""
