@@ -235,6 +235,7 @@ def test_optimizers_and_curves_that_cannot_be_are_refused_where_the_user_types()
     assert "'lar' is not offered; did you mean lars?" in refused("optimizer.name=lar")
     assert "is not of lamb" in refused("optimizer.name=lamb", "optimizer.nesterov=true")
     assert "optimizer.momentum = 0" in refused("optimizer.nesterov=true", "optimizer.momentum=0")
+    assert "clips a ratio that sgd does not have" in refused("optimizer.trust_clip=true")
     assert "needs an end" in refused("schedule.form=cosine", "trainer.max_epochs=-1", "trainer.max_steps=9")
     assert "leaves nothing of the 3 epochs of the cosine" in refused(
         "schedule.form=cosine", "schedule.warmup_epochs=3", "trainer.max_epochs=3"

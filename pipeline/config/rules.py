@@ -128,6 +128,9 @@ def _check_descent(c: Config) -> None:
     if optimizer.nesterov and not optimizer.momentum:
         raise ConfigError("optimizer.nesterov = true looks ahead along a momentum, and optimizer.momentum = 0; raise "
                           "it, or set nesterov to false")  # fmt: skip
+    if optimizer.trust_clip and optimizer.name == "sgd":
+        raise ConfigError("optimizer.trust_clip = true clips a ratio that sgd does not have; set it to false, or "
+                          "optimizer.name to lars or lamb")  # fmt: skip
     if schedule.form == "exponential":
         return
     epochs = schedule.epochs or c.trainer.max_epochs

@@ -73,7 +73,7 @@ STOPS = [
             "augment.first_size=0.5", "augment.growth_steps=2", "augment.growth_epochs=2", "cluster.workers=1"]),
     (2, 8, ["averaging.decay=0.9", "averaging.every_steps=2", "averaging.start_epochs=0.5"]),
     (1, 5, ["averaging.decay=0.9", "trainer.validate_every_epochs=2", "trainer.precision=64"]),
-    (2, 7, ["optimizer.name=lamb", "schedule.form=cosine", "optimizer.rate=0.001"]),
+    (2, 7, ["optimizer.name=lamb", "schedule.form=cosine", "optimizer.rate=0.001", "trainer.precision=bf16"]),
 ]  # fmt: skip
 
 
