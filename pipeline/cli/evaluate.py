@@ -134,6 +134,7 @@ def _refuse_strangers(questions: list[Question]) -> None:
 
 def _answer(question: Question, options: argparse.Namespace, overrides: list[str]) -> int:
     """Evaluate one run, here or by processes of its own."""
+    from pipeline.launch.failure import AGAIN, FailedRunError
     from pipeline.launch.local import LAUNCHER
     from pipeline.launch.lock import locked
     from pipeline.run.evaluating import evaluate
@@ -152,7 +153,13 @@ def _answer(question: Question, options: argparse.Namespace, overrides: list[str
         words = ["evaluate", str(config.directory), "--checkpoint", str(question.checkpoint), "--views",
                  str(question.views), *(["--set", options.set] if options.set else []),
                  *(["--json"] if options.json else []), *overrides]  # fmt: skip
-        return launch_here(config, words)
+        try:
+            return launch_here(config, words)
+        except FailedRunError as failure:
+            if failure.code != AGAIN:
+                raise
+            kept = f"{failure}; what is evaluated is kept in {question.directory}, and the same command goes on"
+            raise FailedRunError(kept, code=AGAIN) from None
 
 
 def _shows() -> bool:

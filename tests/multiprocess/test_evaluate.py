@@ -26,6 +26,7 @@ from pipeline.data.evaluation_set import own_images
 from pipeline.data.writer import write_shards
 from pipeline.evaluation.predictions import Predictions, read_arrays
 from pipeline.evaluation.results import Buffer
+from pipeline.launch.failure import death
 from pipeline.launch.plan import open_run
 from pipeline.norm.apart import set_statistics
 from pipeline.run.assembly import assemble
@@ -197,7 +198,7 @@ def test_an_interrupted_evaluation_goes_on_with_other_ranks_to_the_same_bits(tra
     question = asked(stopped, 1, 144)
     assert question.results().count() == 6
     assert question.scores() is None
-    scores, *_ = run_ranks(3, evaluate_rank, stopped, 144, [])
+    scores, *_ = run_ranks(3, evaluate_rank, stopped, 144, ["cluster.workers=1"])
     assert scores["images"] == 21
     assert same(found(stopped, 144), found(whole, 144))
     before = (question.directory / "predictions.npz").stat().st_mtime_ns
@@ -270,6 +271,22 @@ def test_a_signal_ends_it_with_75_and_the_same_command_goes_on(trained_run, tmp_
     assert said.endswith("; the same command goes on from there\n")
     assert cli.main(["evaluate", str(directory), "--views", "144"]) == 0
     assert "going on: 4 of 21 images were evaluated already" in capsys.readouterr().out
+
+
+def test_a_rank_that_is_killed_ends_it_with_75_and_the_way_on(trained_run, tmp_path, capsys, monkeypatch):
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    directory = copied(trained_run, tmp_path / "a")
+
+    def launched(config: Config, words: list[str]) -> int:
+        assert words[:2] == ["evaluate", str(directory)]
+        raise death(1, 2, "node", -signal.SIGKILL, None, lambda *_: [])
+
+    monkeypatch.setattr(cli.evaluate, "launch_here", launched)
+    assert cli.main(["evaluate", str(directory), "cluster.devices=2"]) == 75
+    said = capsys.readouterr().err
+    assert "rank 1 of 2 on node was killed by signal 9 (SIGKILL)" in said
+    assert f"what is evaluated is kept in {directory}/evaluation/" in said
 
 
 def damaged(shards: Path, to: Path, sample: int) -> Path:
