@@ -92,8 +92,11 @@ class Results:
         return predictions, [faults[sample] for sample in sorted(faults)]
 
     def finish(self, predictions: Predictions) -> None:
-        """Keep all of it in one file instead of the parts. Raises OSError."""
+        """Keep all of it in one file. Raises OSError."""
         predictions.save(self.directory / PREDICTIONS)
+
+    def tidy(self) -> None:
+        """Remove the parts, when all that is made of them is on disk: before, a kill may need them again."""
         for path in [*self._parts(), *self.directory.glob(".part-*.tmp")]:  # of processes that were killed
             path.unlink(missing_ok=True)
 

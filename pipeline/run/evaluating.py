@@ -340,6 +340,7 @@ def _finish(question: Question, results: Results, console: Console) -> None:
     }  # fmt: skip
     results.finish(predictions)
     write_atomically(results.directory / SCORES, (json.dumps(scores, indent=2) + "\n").encode())
+    results.tidy()
 
 
 def _report(faults: list[dict[str, Any]], question: Question, directory: Path, console: Console) -> None:

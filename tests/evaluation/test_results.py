@@ -29,6 +29,8 @@ def test_blocks_of_any_ranks_and_starts_are_put_together(tmp_path):
     assert faults == [fault(1)]
     assert later.predictions is None
     later.finish(predictions)
+    assert set(later.blocks()) == {0, 1, 2, 3}  # a kill before the scores are written finds them
+    later.tidy()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["predictions.npz", SETTINGS]
     assert np.array_equal(later.predictions.probability_NK, predictions.probability_NK)
 
