@@ -227,6 +227,15 @@ def test_what_counts_as_a_spike_is_above_the_median():
     assert "choose one of ['stop', 'skip']" in refused("trainer.on_nan=ignore")
 
 
+def test_curves_and_averages_without_an_end_are_refused():
+    for word in ("schedule.epochs=inf", "augment.growth_epochs=inf", "averaging.start_epochs=inf"):
+        assert "= inf has no end; give a number" in refused(word)
+
+
+def test_a_comparison_of_statistics_is_of_one_network():
+    assert "leave one of them out" in refused("norm.compare=true", "averaging.decay=0.9")
+
+
 def test_a_comparison_of_statistics_needs_both():
     assert "norm.precise_images = 0 makes none; set norm" in refused("norm.compare=true", "norm.precise_images=0")
 

@@ -19,16 +19,15 @@ class Population(lightning.Callback):
 
     form: of the estimate, batches or aggregate. on_batch: called before each batch of it.
     running: the running averages that the estimate overwrites. They go into checkpoints: those that are written after a
-    validation hold the population's in their weights. Given where those of a checkpoint are to be looked at.
+    validation hold the population's in their weights.
     """
 
     def __init__(
-        self, loader: TrainLoader, images: int, *, form: str = BATCHES, on_batch: Callable[[], object] = lambda: None,
-        running: Statistics | None = None,
-    ):  # fmt: skip
+        self, loader: TrainLoader, images: int, *, form: str = BATCHES, on_batch: Callable[[], object] = lambda: None
+    ):
         self.loader, self.images, self.form, self.on_batch = loader, images, form, on_batch
-        self.running: Statistics = running or {}
-        self._kept_at = -1 if running is None else 0
+        self.running: Statistics = {}
+        self._kept_at = -1
 
     def on_validation_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         assert isinstance(pl_module, Classifier)

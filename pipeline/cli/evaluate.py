@@ -55,9 +55,13 @@ def add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
 
 def evaluate(options: argparse.Namespace) -> int:
     from pipeline.config import ConfigError
+    from pipeline.launch.plan import CONFIG
 
-    runs = [Path(word) for word in [options.run, *options.words] if "=" not in word]
-    overrides = [word for word in options.words if "=" in word]
+    words = [options.run, *options.words]
+    overrides = [word for word in words if "=" in word and not (Path(word) / CONFIG).is_file()]
+    runs = [Path(word) for word in words if word not in overrides]
+    if not runs:
+        raise ConfigError(f"no run is given, only {overrides[0]}; give a directory like runs/NAME before it")
     if len({run.resolve() for run in runs}) < len(runs):
         raise ConfigError("a run is given twice; give each member of an ensemble once")
     if len(runs) > 1 and options.checkpoint not in ("newest", "best"):
@@ -147,7 +151,7 @@ def _answer(question: Question, options: argparse.Namespace, overrides: list[str
         evaluate(question, world, _console(options))
         return DONE
     with locked(question.directory):
-        if config.world == world.size or question.scores() is not None:
+        if config.world == world.size or question.is_answered:  # no process is needed to put it together
             evaluate(question, world, _console(options))
             return DONE
         words = ["evaluate", str(config.directory), "--checkpoint", str(question.checkpoint), "--views",

@@ -43,6 +43,8 @@ def checked(config: Config) -> Config:
     for key, least in _LEAST.items():
         if flat[key] is not None and not flat[key] >= least:
             raise ConfigError(f"{key} = {flat[key]} is too small; it must be at least {least}")
+        if flat[key] == math.inf and key.startswith(_COUNTED):
+            raise ConfigError(f"{key} = inf has no end; give a number")
     for key in _POSITIVE:
         if not flat[key] > 0 or math.isinf(flat[key]):
             raise ConfigError(f"{key} = {flat[key]} must be positive")
@@ -74,6 +76,9 @@ def checked(config: Config) -> Config:
     if c.model.zero_gamma and c.model.name in ("bn_inception", "inception", "bn_mlp", "mlp"):
         raise ConfigError(f"model.zero_gamma = true: {c.model.name} has no residual branch beside which it could begin "
                           "as nothing, and behind a gamma of 0 no weight would learn; leave it at false")  # fmt: skip
+    if c.averaging.decay and c.norm.compare:
+        raise ConfigError("norm.compare = true sets running averages of the trained weights beside validations of the "
+                          "averaged ones, averaging.decay; leave one of them out")  # fmt: skip
     if c.averaging.decay and not c.norm.precise_images and c.model.name not in ("inception", "mlp"):
         raise ConfigError(f"averaging.decay = {c.averaging.decay} needs statistics of the averaged weights' own, and "
                           "norm.precise_images = 0 estimates none; set it to 8192")  # fmt: skip
@@ -297,6 +302,7 @@ _LEAST = {
     "slurm.lead_minutes": 0, "slurm.cpus_per_task": 0, "slurm.gpus_per_node": -1, "slurm.restarts": 0,
     "skypilot.disk_gb": 0,
 }  # fmt: skip
+_COUNTED = ("schedule.", "augment.", "averaging.")  # by which a run's steps are reckoned
 _POSITIVE = (
     "model.width", "model.initial_gain", "norm.eps", "optimizer.rate", "optimizer.trust_coefficient", "schedule.power",
     "schedule.decay_factor",

@@ -234,7 +234,7 @@ def open_dataset(
     directory = _index_directory(location, root)
     if (directory / MANIFEST).exists() and not again:
         return Dataset(location, directory, read_manifest(directory), cache)
-    with _alone(directory):
+    with alone(directory):
         if again or not (directory / MANIFEST).exists():
             splits, stated = _found(location)
             read = partial(_local, str(root))
@@ -263,7 +263,7 @@ def _open_remote(
     directory = location.index_directory
     cache = _shard_cache(location)
     published = not (location.train or location.val)
-    with _alone(directory):
+    with alone(directory):
         content = remote.read_if_there(MANIFEST) if published else None
         if content is not None:
             manifest, directory = _fetched_tables(remote, content, directory)
@@ -379,7 +379,8 @@ def _size(path: Path) -> int | None:
 
 
 @contextmanager
-def _alone(directory: Path) -> Iterator[None]:
+def alone(directory: Path) -> Iterator[None]:
+    """Hold a directory, which is made if it is not there: others wait. Raises DataError where it cannot be made."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
         file = (directory / ".lock").open("w")

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.data.dataset import Dataset, Location, open_dataset
+from pipeline.data.dataset import Dataset, Location, alone, open_dataset
 from pipeline.data.discovery import INFO
 from pipeline.data.ilsvrc import ILSVRC_TRAIN, ILSVRC_VAL
 from pipeline.data.indexing import Progress
@@ -202,7 +202,8 @@ def _packed(place: str, own: Location, workers: int, progress: Progress, say: Ca
     written = [(file, (status := Path(file).stat()).st_size, status.st_mtime_ns) for file in files]
     name = hashlib.sha256(json.dumps([str(Path(place).resolve()), written]).encode()).hexdigest()[:16]
     root = own.cache_directory / "sets" / name
-    if not (root / MANIFEST).is_file():
-        say(f"packing {place} into {root}, once")
-    write_shards(place, root, only=tuple(splits), workers=workers, progress=progress, say=say)
+    with alone(root):  # an array of evaluations, or the ranks of one, may come at once
+        if not (root / MANIFEST).is_file():
+            say(f"packing {place} into {root}, once")
+            write_shards(place, root, only=tuple(splits), workers=workers, progress=progress, say=say)
     return open_dataset(replace(own, root=str(root)), say=say)

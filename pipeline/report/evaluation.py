@@ -45,7 +45,7 @@ class Evaluated:
     """What was evaluated. facts: for the head of the page, name and value. names: of the classes, by label.
 
     keys: of the images. members: rows of a table, one a network, under their heads; none for a single network.
-    remarks: what stands out; notes: what else is to be known.
+    notes: what else is to be known.
     picture: a small JPEG or PNG of an image by its place here, or None where there is none.
     """
 
@@ -56,7 +56,6 @@ class Evaluated:
     truth: Truth
     probability_NK: NDArray[np.floating]
     members: tuple[Sequence[str], Sequence[Sequence[str]]] = ((), ())
-    remarks: Sequence[str] = ()
     notes: Sequence[str] = ()
     picture: Callable[[int], bytes | None] = lambda place: None
 
@@ -75,9 +74,7 @@ def evaluation_page(evaluated: Evaluated, scores: Sequence[ClassScore], *, comma
     found = confusions(evaluated.probability_NK, evaluated.truth)
     measured = calibration(evaluated.probability_NK, evaluated.truth)
     left_out = len(evaluated.truth.label_N) - int(evaluated.truth.counted_N.sum())
-    remarks = [*evaluated.remarks]
-    if left_out:
-        remarks.append(f"{left_out:,} images have no right answer by these labels, and do not count")
+    remarks = [f"{left_out:,} images have no right answer by these labels, and do not count"] if left_out else []
     heads, rows = evaluated.members
     body: list[Html] = [
         tag("h1", evaluated.title),

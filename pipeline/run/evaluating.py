@@ -35,7 +35,7 @@ from pipeline.data.loader import POPULATION_EPOCH, Items, TrainShares, Workers
 from pipeline.data.shards import DataError, file_sha256, write_atomically
 from pipeline.evaluation.intervals import wilson
 from pipeline.evaluation.predictions import Predictions
-from pipeline.evaluation.results import Buffer, Results, digest_of
+from pipeline.evaluation.results import PREDICTIONS, Buffer, Results, digest_of
 from pipeline.launch.failure import AGAIN, FailedRunError
 from pipeline.norm.apart import estimate_apart, set_statistics, statistics_of
 from pipeline.norm.collectives import sum_over_world
@@ -92,19 +92,35 @@ class Question:
         config = completed(self.config, norm={"compare": False, "precise_images": 0})
         return replace(self, config=config, settings={**self.settings, **_by_config(config)})
 
+    def own_scores(self) -> dict[str, Any] | None:
+        """Those of this question alone, where all is done and kept."""
+        path = self.directory / SCORES
+        if not (path.is_file() and (self.directory / PREDICTIONS).is_file()):
+            return None
+        found: dict[str, Any] = json.loads(path.read_text())
+        return found
+
     def scores(self) -> dict[str, Any] | None:
         """What evaluation.json says, where all is done."""
-        path = self.directory / SCORES
-        if not path.is_file():
-            return None
-        scores: dict[str, Any] = json.loads(path.read_text())
-        if self.beside is None:
+        scores = self.own_scores()
+        if scores is None or self.beside is None:
             return scores
         other = self.beside.scores()
         return other and {
             **scores,
             "running_averages": {name: other[name] for name in ("loss", "top1", "top5", "images")},
         }
+
+    @property
+    def is_answered(self) -> bool:
+        """Whether every image has been through the network, and what was found of them is only to be put together."""
+        return all(each is None or each.own_scores() is not None or not each.missing(each.results())
+                   for each in (self, self.beside))  # fmt: skip
+
+    def missing(self, results: Results) -> list[int]:
+        """Blocks that are still to be done. Raises PredictionsError for parts of something else."""
+        done = results.blocks()
+        return [number for number in range(math.ceil(self.images / self.images_each)) if number not in done]
 
     def results(self) -> Results:
         """Raises PredictionsError where the directory holds results of something else."""
@@ -145,7 +161,7 @@ def evaluate(question: Question, world: World, console: Console) -> dict[str, An
     """
     if question.scores() is None:
         for each in (question, question.beside):
-            if each is None or each.scores() is not None:
+            if each is None or each.own_scores() is not None:
                 continue
             results = each.results()
             with _told(each, results, world), interruptible():
@@ -179,11 +195,8 @@ def _told(question: Question, results: Results, world: World) -> Iterator[None]:
 
 def _answer(question: Question, results: Results, world: World, console: Console) -> None:
     """Evaluate what is missing of this rank's blocks; the leading one returns when those of all are there."""
-    done = results.blocks()
-    kept = results.count()
-    each, images = question.images_each, question.images
-    missing = [number for number in range(math.ceil(images / each)) if number not in done]
-    if done and world.leads:
+    kept, images, missing = results.count(), question.images, question.missing(results)
+    if kept and world.leads:
         console.print(f"going on: {kept:,} of {images:,} images were evaluated already", highlight=False)
     if not missing:
         return

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import shutil
 import zipfile
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -175,3 +177,14 @@ def test_a_split_can_be_packed_alone(folders, tmp_path):
     manifest = write_shards(str(folders), tmp_path / "val", only=("val",))
     assert list(manifest.splits) == ["val"]
     assert np.load(tmp_path / "val" / "val.samples.npy", allow_pickle=False)["label"].max() == 4
+
+
+def open_in_a_process(place: Path, own: Location) -> str:
+    return opened(place, named("a", "b"), own).dataset.manifest.digest
+
+
+def test_evaluations_that_come_at_once_pack_a_set_once(tmp_path, own):
+    place = folders_of(tmp_path / "set", ["a", "b"], images=400)
+    with ProcessPoolExecutor(3, mp_context=multiprocessing.get_context("spawn")) as pool:
+        digests = set(pool.map(open_in_a_process, [place] * 3, [own] * 3))
+    assert len(digests) == 1

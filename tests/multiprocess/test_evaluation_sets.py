@@ -9,9 +9,13 @@ from pathlib import Path
 import pytest
 
 from pipeline import cli
-from pipeline.cli.settling import settled
+from pipeline.cli.runs import of_run
+from pipeline.cli.settling import settle, settled
+from pipeline.data.evaluation_set import own_images
 from pipeline.evaluation.predictions import Predictions
 from pipeline.launch.plan import open_run
+from pipeline.run.evaluating import Question, ask
+from pipeline.training.checkpoint import newest
 from tests.multiprocess.ranks import run_ranks
 from tests.multiprocess.test_law import law_config, train_rank
 
@@ -106,3 +110,46 @@ def test_what_is_not_there_is_told_in_a_line_before_anything_is_evaluated(run, c
     error = capsys.readouterr().err
     assert said in error
     assert "Traceback" not in error
+
+
+def test_no_run_is_a_line(capsys):
+    assert cli.main(["evaluate", "data.bad_samples=0.1"]) == 2
+    assert "no run is given, only data.bad_samples=0.1" in capsys.readouterr().err
+
+
+def test_a_comparison_of_statistics_goes_on_from_what_is_evaluated(run, capsys):
+    kept = Path(evaluated(capsys, run)["results"]) / "predictions.npz"
+    before = kept.stat()
+    found = evaluated(capsys, run, "norm.compare=true")
+    assert kept.stat() == before
+    assert found["running_averages"]["images"] == 35
+
+
+def test_predictions_that_were_removed_are_made_again(run, capsys):
+    own = evaluated(capsys, run)
+    (Path(own["results"]) / "predictions.npz").unlink()
+    assert evaluated(capsys, run)["top1"] == own["top1"]
+    assert (Path(own["results"]) / "predictions.npz").is_file()
+
+
+def test_what_is_complete_is_put_together_without_starting_processes(run, tmp_path, capsys, monkeypatch):
+    """As where more images were bad than allowed, and the limit was raised."""
+    own = evaluated(capsys, run, "--views", "10", "cluster.devices=2")
+    directory = Path(own["results"])
+    (directory / "evaluation.json").unlink()
+    predictions = Predictions.load(directory / "predictions.npz")
+    question = asked(run, "cluster.devices=2")
+    results = question.results()
+    each = question.images_each
+    blocks = {b: len(range(b * each, min(35, (b + 1) * each))) for b in range(-(-35 // each))}
+    results.add(blocks, predictions, [])
+    (directory / "predictions.npz").unlink()
+    monkeypatch.setattr("pipeline.cli.evaluate.launch_here", lambda *_: pytest.fail("processes were started"))
+    assert evaluated(capsys, run, "--views", "10", "cluster.devices=2")["top1"] == own["top1"]
+
+
+def asked(run: Path, *overrides: str) -> Question:
+    config, dataset = settle(of_run(run / "config.yaml", overrides))
+    checkpoint, _ = newest(run / "checkpoints")
+    assert checkpoint is not None
+    return ask(config, own_images(dataset, config.data.num_classes), checkpoint, 10)

@@ -61,7 +61,10 @@ def final(directory: Path) -> dict:
 
 
 def journal(directory: Path) -> list[tuple]:
-    return [(r.step, r.split, r.loss, r.top1, r.rate) for r in read_journal(directory / "metrics.csv")]
+    return [
+        (r.step, r.split, r.loss, r.top1, r.rate, r.trained_loss, r.trained_top1, r.running_loss, r.running_top1)
+        for r in read_journal(directory / "metrics.csv")
+    ]
 
 
 STOPS = [

@@ -49,7 +49,7 @@ def made(tmp_path: Path, what: Evaluated) -> Page:
 
 def test_a_page_names_its_facts_its_classes_and_what_they_are_taken_for(tmp_path):
     members = (["network", "top-1 error"], [["a", "40 %"], ["ensemble", "20 %"]])
-    page = made(tmp_path, evaluated(remarks=["one image could not be read"], members=members))
+    page = made(tmp_path, evaluated(notes=["one image could not be read"], members=members))
     for text in ("60 %", "one image could not be read", "ensemble", "dog (1)", "cat (1)", "All 3 classes",
                  "cat, 90.0%", "is dog", "val/2"):  # fmt: skip
         assert text in page.text
@@ -69,7 +69,7 @@ def test_a_page_asks_for_nothing_outside_of_itself(tmp_path):
 
 
 def test_names_and_keys_are_text_whatever_they_are(tmp_path):
-    page = made(tmp_path, evaluated(names=[EVIL, EVIL, EVIL], keys=[EVIL] * 5, title=EVIL, remarks=[EVIL]))
+    page = made(tmp_path, evaluated(names=[EVIL, EVIL, EVIL], keys=[EVIL] * 5, title=EVIL, notes=[EVIL]))
     assert escape(EVIL) in page.source
     assert len(page.of("script")) == 1
 
