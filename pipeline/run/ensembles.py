@@ -68,7 +68,7 @@ def table_of(facts: dict[str, Any]) -> Table:
     table = Table(title=f"ensemble of {len(facts['members'])}: the mean of class probabilities", title_justify="left")
     head, (*members, ensemble) = rows_of(facts)
     for name in head:
-        table.add_column(name, justify="right" if name else "left", no_wrap=bool(name))
+        table.add_column(name, justify="right" if name else "left", no_wrap=bool(name), overflow="fold")
     for row in members:
         table.add_row(*row)
     table.add_section()
