@@ -22,8 +22,8 @@ import wandb
 
 from pipeline import cli
 from pipeline.cli.settling import settled
-from pipeline.config import Config, compose_config, identity
-from pipeline.data.shards import index_path, read_index, read_manifest, write_manifest
+from pipeline.config import Config, completed, compose_config, identity
+from pipeline.data.shards import file_sha256, index_path, read_index, read_manifest, write_manifest
 from pipeline.data.split import table_path
 from pipeline.doctor import (
     arithmetic,
@@ -43,6 +43,7 @@ from pipeline.launch.lock import LOCK, this_process
 from pipeline.launch.patience import within
 from pipeline.launch.plan import RECORD, STARTED, close_run, open_run
 from pipeline.launch.queue import QueueError
+from pipeline.run.assembly import build_model
 from pipeline.training.checkpoint_io import write_checkpoint
 from pipeline.training.schedule import Schedule
 from tests.callbacks.wandb_server import KEY, WandbServer
@@ -311,6 +312,32 @@ def test_a_run_that_has_begun_is_judged_by_its_own_config(patient, capsys):
     assert code == 0
     assert "a start goes on from step-00000007.ckpt, which is whole" in texts
     assert any(text.startswith("mine: 1 start, ") for text in texts)
+
+
+def test_a_run_without_a_checkpoint_still_needs_the_file_that_it_begins_from(patient, capsys):
+    config = patient.begun()  # of which the weights are taken
+    torch.save(build_model(config).state_dict(), "weights.pth")
+    config = open_run(completed(config, run={"id": "tuned"}, model={
+        "init": "weights.pth", "init_digest": file_sha256(Path("weights.pth")),
+    }))  # fmt: skip
+    (config.directory / STARTED).touch()
+
+    def weights() -> dict[str, Any]:
+        cli.main(["doctor", "--json", str(config.directory / "config.yaml")])
+        (found,) = [f for f in json.loads(capsys.readouterr().out)["findings"] if f["name"] == "weights"]
+        return found
+
+    assert weights()["text"].startswith("begins from weights.pth")
+    Path("weights.pth").unlink()
+    assert weights() == {
+        "name": "weights", "state": "fault", "section": "arithmetic",
+        "text": "model.init = weights.pth: No such file or directory",
+        "way_out": "bring the file back, or start a new run",
+    }  # fmt: skip
+    patient.checkpoint(config, 5)
+    assert (weights()["state"], weights()["text"]) == (
+        "ok", "the run has a checkpoint, and needs the file of model.init no more",
+    )  # fmt: skip
 
 
 def test_the_table_says_what_json_says_and_ends_in_a_verdict(patient, capsys):

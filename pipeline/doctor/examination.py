@@ -46,6 +46,7 @@ from pipeline.models.registry import check_name
 from pipeline.norm import SyncBatchNorm
 from pipeline.run.assembly import build_descent, build_model, build_schedule
 from pipeline.run.initial import initialize, with_digest
+from pipeline.training.checkpoint import checkpoints
 from pipeline.training.classifier import Classifier
 from pipeline.training.loss import Loss
 
@@ -368,8 +369,8 @@ def _model(p: _Patient) -> Iterator[Finding]:
 def _weights(p: _Patient) -> Iterator[Finding]:
     """Whether a run can begin from model.init, by doing so."""
     config = p.config
-    if config.run.id and (config.directory / STARTED).exists():
-        yield ok("weights", "the run has begun, and needs the file of model.init no more")
+    if config.run.id and checkpoints(config.directory / "checkpoints"):
+        yield ok("weights", "the run has a checkpoint, and needs the file of model.init no more")
         return
     try:
         config = with_digest(completed(config, data={"num_classes": p.classes or 1000}))
