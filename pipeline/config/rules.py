@@ -237,10 +237,6 @@ def _check_skypilot(c: Config) -> None:
     for key, size in (("skypilot.cpus", sky.cpus), ("skypilot.memory", sky.memory)):
         if not _AT_LEAST.fullmatch(size):
             raise ConfigError(f"{key} = {size} is not read; write a number, as 96, or 96+ for at least as much")
-    if c.model.init:
-        raise ConfigError(f"model.init = {c.model.init} is a file of this machine, which rented nodes do not see; "
-                          "train the first steps here, copy the run's directory to skypilot.bucket, and go on from "
-                          "there")  # fmt: skip
     if "://" not in c.data.root and c.data.source != "digits":
         raise ConfigError(f"data.root = {c.data.root} is a directory of this machine, which rented nodes do not see; "
                           "copy it to a bucket, and give its s3://, gs:// or https:// URL")  # fmt: skip

@@ -326,7 +326,12 @@ def _cloud_checks(config: Config) -> Iterator[Check]:
     if config.cluster.launcher != "skypilot":
         return
     sky, trainer = config.skypilot, config.trainer
-    task = cloud_task(identified(config), config.directory / CONFIG)
+    try:
+        task = cloud_task(identified(config), config.directory / CONFIG)
+    except ConfigError as error:
+        found = of_message("task", error)
+        yield "skypilot", "task", lambda: [found]
+        return
     yield "skypilot", "SkyPilot", cloud.check_command
     yield "skypilot", "bucket", lambda: cloud.check_bucket(sky.bucket, config.run.id)
     yield "skypilot", "secrets", lambda: cloud.check_secrets(task.secrets)

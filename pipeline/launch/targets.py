@@ -19,6 +19,7 @@ from pipeline.config import Config, ConfigError, completed
 from pipeline.launch.attached import first_of
 from pipeline.launch.cloud import Task, job_name
 from pipeline.launch.container import Container, Mount, place
+from pipeline.launch.plan import numbered_checkpoints
 from pipeline.launch.slurm import SCRIPT, Job, array_numbers
 
 LINK = "run"  # what stands before "-<number>" in the links to the runs of an array
@@ -111,6 +112,13 @@ def container_of(config: Config, driver: Path = Path("/proc/driver/nvidia/versio
 def cloud_task(config: Config, config_file: Path, environment: Mapping[str, str] = os.environ) -> Task:
     """The SkyPilot task of a run whose config lies in a file of this machine. Raises ConfigError."""
     sky, cluster = config.skypilot, config.cluster
+    if config.model.init and not numbered_checkpoints(config.directory):
+        raise ConfigError(
+            f"model.init = {config.model.init} is a file of this machine, which rented nodes do not see, and "
+            f"{config.directory} has no checkpoint that would do without it; train here to a first one, copy the run's "
+            f"directory to {sky.bucket.rstrip('/')}/{config.run.id}, and its config.yaml and checkpoints to another "
+            "run.dir, and launch with that"
+        )
     tracked = config.tracking.mode == "online" or (
         config.tracking.mode == "auto" and bool(environment.get("WANDB_API_KEY"))
     )

@@ -8,6 +8,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,9 +20,11 @@ import pytest
 import yaml
 
 from pipeline import cli
+from pipeline.cli.settling import settled
 from pipeline.config import ConfigError, compose_config, read_config
 from pipeline.doctor.cloud import check_checkpoints, check_secrets
 from pipeline.launch.cloud import Task, content, job_name, launch_command, render
+from pipeline.launch.plan import open_run
 from pipeline.launch.targets import cloud_task
 from tests.launch.test_slurm import EVIL, program
 
@@ -298,7 +301,6 @@ def test_the_page_writes_checkpoints_often_since_a_notice_is_short():
     ("skypilot.image=", "skypilot.image is not set, and the nodes must pull one"),
     ("skypilot.bucket=", "skypilot.bucket = '' is no bucket, and a run must outlive its machines"),
     ("skypilot.bucket=/nvme/runs", "skypilot.bucket = /nvme/runs is no bucket"),
-    ("model.init=first.pth", "model.init = first.pth is a file of this machine, which rented nodes do not see"),
     ("skypilot.bucket=s3://Ours", "skypilot.bucket = s3://Ours is no bucket"),
     ("skypilot.accelerator='H100:8'", "skypilot.accelerator = 'H100:8' is no name of one; write it as H100"),
     ("skypilot.cpus=many", "skypilot.cpus = many is not read; write a number"),
@@ -309,6 +311,35 @@ def test_the_page_writes_checkpoints_often_since_a_notice_is_short():
 def test_what_no_task_can_be_made_of_is_refused_where_it_is_typed(override, message):
     with pytest.raises(ConfigError, match=message):
         config(override)
+
+
+def test_weights_of_this_machine_are_refused_while_the_run_has_no_checkpoint(sky, capsys):
+    """The way out that is said leads on: nodes find the run in the bucket, this machine that it needs no file more."""
+    Path("first.pth").write_bytes(b"weights")
+    assert launch("model.init=first.pth") == 2
+    line = capsys.readouterr().err
+    assert "model.init = first.pth is a file of this machine, which rented nodes do not see, and runs/a has no" in line
+    assert "copy the run's directory to s3://ours/runs/a, and its config.yaml and checkpoints to another" in line
+    assert not (sky / "calls").exists()
+    begun = open_run(settled(compose_config([*HERE, "model.init=first.pth"])))
+    copied = sky / "cloud" / "a"
+    (copied / "checkpoints").mkdir(parents=True)
+    (copied / "checkpoints" / "step-00000002.ckpt").write_bytes(b"")
+    shutil.copy(begun.directory / "config.yaml", copied)
+    assert launch("model.init=first.pth", "run.dir=cloud") == 0
+    assert "jobs launch" in (sky / "calls").read_text()
+    frozen = read_config(copied / "config.yaml")
+    assert (frozen.model.init, frozen.model.init_digest) == ("first.pth", begun.model.init_digest)
+
+
+def test_weights_of_this_machine_are_a_finding_of_the_doctor_beside_the_others(sky, capsys):
+    Path("first.pth").write_bytes(b"weights")
+    assert cli.main(["doctor", "--json", *RENTED, "model.init=first.pth"]) == 2
+    found = json.loads(capsys.readouterr().out)["findings"]
+    (said,) = [f for f in found if f["section"] == "skypilot" and f["state"] == "fault"]
+    assert said["text"].startswith("model.init = first.pth is a file of this machine")
+    assert said["way_out"].startswith("train here to a first one")
+    assert "the check itself failed" not in json.dumps(found)
 
 
 def test_a_secret_in_a_bucket_or_a_name_is_not_repeated():
@@ -341,9 +372,12 @@ echo "$*" >>'{tmp_path}/calls'
     return tmp_path
 
 
+HERE = ["recipe=smoke", "data=digits", "run.id=a"]
+RENTED = [*HERE, "cluster=skypilot", "skypilot.bucket=s3://ours/runs", "skypilot.image=registry.example/pipeline:1"]
+
+
 def launch(*more: str) -> int:
-    return cli.main(["launch", "recipe=smoke", "data=digits", "cluster=skypilot", "skypilot.bucket=s3://ours/runs",
-                     "skypilot.image=registry.example/pipeline:1", "run.id=a", *more])  # fmt: skip
+    return cli.main(["launch", *RENTED, *more])
 
 
 def test_a_launch_writes_config_and_task_and_submits_them(sky, capfd, monkeypatch):
