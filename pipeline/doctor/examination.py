@@ -307,13 +307,19 @@ def _slurm_checks(p: _Patient) -> Iterator[Check]:
 
     yield "slurm", "Slurm", asked
     if wanted and answers:
-        yield "slurm", "job", lambda: slurm.check_job(p.script or _script(p.config), p.scratch)
+        yield "slurm", "job", lambda: _job(p)
 
 
 def _docker_checks(config: Config) -> Iterator[Check]:
     if config.cluster.launcher != "docker":
         return
-    docker, container = config.docker, container_of(identified(config))
+    docker = config.docker
+    try:
+        container = container_of(identified(config))
+    except ConfigError as error:
+        found = of_message("container", error)
+        yield "docker", "container", lambda: [found]
+        return
     yield "docker", "engine", lambda: engine.check_engine(container.engine, docker.image, bool(container.gpus))
     if docker.env_file:
         yield "docker", "secrets", lambda: engine.check_env_file(Path(docker.env_file))
@@ -347,6 +353,15 @@ def _script(config: Config) -> str:
     with contextlib.suppress(ConfigError):  # another run has that name: a finding of the directory's
         config = agreed(config)
     return render(slurm_job([config]))
+
+
+def _job(p: _Patient) -> Iterator[Finding]:
+    try:
+        script = p.script or _script(p.config)
+    except ConfigError as error:
+        yield of_message("job", error)
+        return
+    yield from slurm.check_job(script, p.scratch)
 
 
 def _elsewhere(config: Config) -> bool:

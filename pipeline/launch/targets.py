@@ -19,7 +19,7 @@ from pipeline.config import Config, ConfigError, completed
 from pipeline.launch.attached import first_of
 from pipeline.launch.cloud import Task, job_name
 from pipeline.launch.container import Container, Mount, place
-from pipeline.launch.plan import numbered_checkpoints
+from pipeline.launch.plan import CONFIG, RECORD, numbered_checkpoints
 from pipeline.launch.slurm import SCRIPT, Job, array_numbers
 
 LINK = "run"  # what stands before "-<number>" in the links to the runs of an array
@@ -69,7 +69,7 @@ def slurm_job(runs: Sequence[Config], array: str = "", sweep: str = "", links: P
     inside = slurm.container != "none"
     places = [here, config.directory.absolute().parent]
     places += [Path(config.data.root).absolute()] if config.data.root and "://" not in config.data.root else []
-    places += [Path(config.model.init).absolute().parent] if config.model.init else []
+    places += [Path(run.model.init).absolute().parent for run in runs if inside and _begins_from_file(run)]
     known = bool(config.data.cache) and "$" not in config.data.cache  # what a variable names the nodes alone know
     made = (Path(config.data.cache).expanduser().absolute(),) if inside and known else ()
     gpus = 0 if cluster.accelerator == "cpu" else cluster.devices
@@ -90,9 +90,10 @@ def container_of(config: Config, driver: Path = Path("/proc/driver/nvidia/versio
     docker, cluster, data = config.docker, config.cluster, config.data
     engine = docker.engine or first_of("docker", "podman") or "docker"
     has_gpus = cluster.accelerator == "cuda" or (cluster.accelerator == "auto" and driver.exists())
+    initial = config.model.init if _begins_from_file(config) else ""
     mounts = [Mount(source=Path(path).absolute(), target=_place(key, path), writable=writable)
               for key, path, writable in (("data.cache", data.cache, True), ("data.root", data.root, False),
-                                          ("model.init", config.model.init, False))
+                                          ("model.init", initial, False))
               if path and "://" not in path and not path.startswith("~") and "$" not in path]  # fmt: skip
     variables = ["WANDB_API_KEY"] if config.tracking.mode in ("auto", "online") else []
     _place("run.dir, run.id", str(config.directory))
@@ -129,6 +130,23 @@ def cloud_task(config: Config, config_file: Path, environment: Mapping[str, str]
         memory=sky.memory, disk_gb=sky.disk_gb, spot=sky.spot, python=sky.python,
         secrets=tuple(dict.fromkeys([*(["WANDB_API_KEY"] if tracked else []), *sky.secrets])),
     )  # fmt: skip
+
+
+def _begins_from_file(config: Config) -> bool:
+    """Whether model.init is there, to be shown to a container.
+
+    Raises ConfigError where it is not, and the run needs it: it has no checkpoint.
+    """
+    if not config.model.init or Path(config.model.init).is_file():
+        return bool(config.model.init)
+    directory = config.directory
+    looks = (directory / CONFIG).exists() and not (directory / RECORD).exists()  # a job that looks at nodes: no run
+    if not looks and not numbered_checkpoints(directory):
+        raise ConfigError(
+            f"model.init = {config.model.init} is no file, and {directory} has no checkpoint that would do without "
+            "it; bring the file back, or give another in a new run"
+        )
+    return False
 
 
 def _place(key: str, path: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import json
 import os
 import shutil
 import signal
@@ -201,12 +202,38 @@ def test_a_node_that_is_none_starts_nothing(node, tmp_path):
     assert "give the number of this machine, 0 to 3, each once" in done.stderr
 
 
-def test_weights_to_begin_from_are_mounted_and_cannot_be_written(tmp_path):
+def test_weights_to_begin_from_are_mounted_and_cannot_be_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("weights").mkdir()
+    Path("weights/first.pth").touch()
     container = container_of(config("model.init=weights/first.pth", "data.root=/data/shards", "tracking.mode=disabled"))
     mount = next(m for m in container.data if m.target.endswith("first.pth"))
     assert (mount.source, mount.target, mount.writable) == (
         Path("weights/first.pth").absolute(), "/scratch/weights/first.pth", False,
     )  # fmt: skip
+
+
+def test_weights_that_are_gone_are_not_mounted_and_missed_only_without_a_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    begun = config("model.init=weights/first.pth", "data.root=/data/shards")
+    with pytest.raises(ConfigError) as error:
+        container_of(begun)
+    assert str(error.value) == (
+        "model.init = weights/first.pth is no file, and runs/a has no checkpoint that would do without it; bring the "
+        "file back, or give another in a new run"
+    )
+    (begun.directory / "checkpoints").mkdir(parents=True)
+    (begun.directory / "checkpoints" / "step-00000002.ckpt").touch()
+    assert [mount.target for mount in container_of(begun).data] == ["/data/shards"]
+
+
+def test_weights_that_are_gone_are_a_finding_of_the_doctor_beside_the_others(engine, shards, capsys):
+    words = ["recipe=bn_x5", "data=folder", f"data.root={shards}", "cluster=docker", "model.init=first.pth"]
+    assert cli.main(["doctor", "--json", *words, "data.global_batch_size=24"]) == 2
+    found = json.loads(capsys.readouterr().out)["findings"]
+    (said,) = [f for f in found if f["section"] == "docker"]
+    assert (said["state"], said["way_out"]) == ("fault", "bring the file back, or give another in a new run")
+    assert "the check itself failed" not in json.dumps(found)
 
 
 def test_a_path_means_the_same_on_both_sides():

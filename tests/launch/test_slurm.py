@@ -23,6 +23,7 @@ from pipeline.launch import queue
 from pipeline.launch.failure import CODE, leave_code
 from pipeline.launch.plan import read_record
 from pipeline.launch.slurm import TEMPLATES, Job, array_numbers, render, render_check
+from pipeline.launch.targets import slurm_job
 from pipeline.world import World
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "slurm"
@@ -474,6 +475,43 @@ def test_a_cache_that_a_container_is_to_see_is_made_on_each_node_and_mounted(slu
     assert """--bind '/local/a b:/local/a b'""" in script
     assert launch(shards, *inside[:2], "--dry-run") == 0
     assert "/local" not in capsys.readouterr().out  # without a container whoever needs it makes it
+
+
+def test_weights_that_are_gone_are_not_mounted_and_missed_only_without_a_checkpoint(slurm):
+    words = ["data=digits", "cluster=slurm_1x8", "model.init=/weights/of/old/first.pth"]
+    inside = ["slurm.container=apptainer", "slurm.image=/p.sif"]
+    runs = [compose_config([*words, *inside, f"run.id={name}"]) for name in ("a-0", "a-1")]
+    for run in runs:
+        with pytest.raises(ConfigError, match=rf"first.pth is no file, and {run.directory} has no .*; bring the file"):
+            slurm_job(runs, "0-1")
+        (run.directory / "checkpoints").mkdir(parents=True)
+        (run.directory / "checkpoints" / "step-00000002.ckpt").touch()
+    assert "/weights" not in render(slurm_job(runs, "0-1"))
+    slurm_job([compose_config([*words, "run.id=b"])])  # without a container there is nothing to mount
+    there = slurm / "weights" / "first.pth"
+    there.parent.mkdir()
+    there.touch()
+    new = compose_config([*words, *inside, f"model.init={there}", "run.id=c"])
+    assert f"--bind {there.parent}:{there.parent}" in render(slurm_job([new]))
+
+
+def test_nodes_are_looked_at_whether_or_not_there_are_weights_to_begin_from(slurm):
+    """That job has a directory of its own, with a config and nothing of a run."""
+    check = compose_config(["data=digits", "cluster=slurm_1x8", "model.init=first.pth", "run.id=.doctor-1",
+                            "slurm.container=apptainer", "slurm.image=/p.sif"])  # fmt: skip
+    check.directory.mkdir(parents=True)
+    (check.directory / "config.yaml").touch()
+    assert slurm_job([check]).name == ".doctor-1"
+
+
+def test_a_script_that_cannot_be_made_is_a_finding_of_the_doctor(slurm, shards, capsys):
+    assert cli.main(["doctor", "--json", "recipe=bn_x5", "data=folder", f"data.root={shards}", "cluster=slurm_1x8",
+                     "data.global_batch_size=24", "model.init=first.pth", "slurm.container=apptainer",
+                     "slurm.image=/p.sif"]) == 2  # fmt: skip
+    found = json.loads(capsys.readouterr().out)["findings"]
+    (said,) = [f for f in found if f["name"] == "job"]
+    assert (said["state"], said["way_out"]) == ("fault", "bring the file back, or give another in a new run")
+    assert "the check itself failed" not in json.dumps(found)
 
 
 def test_an_array_is_a_run_for_each_seed(slurm, shards, capsys):
