@@ -467,6 +467,28 @@ def test_statistics_are_over_the_images_of_a_group_in_a_micro_batch():
     assert said(256, 8, 0, 1) == "over 32 images, each rank for itself"
 
 
+def test_few_images_have_a_remedy_that_is_one():
+    def remedy(*cut: int, **norm: int) -> str:
+        return next(arithmetic.check_statistics(arithmetic.Cut(*cut), normalized=True, **norm)).way_out
+
+    assert remedy(32, 8, 0, 2) == "norm.group_size=0"
+    assert remedy(32, 8, 0, 2, group_images=8) == "raise norm.group_images"  # which group_size=0 goes with
+    assert remedy(64, 4, 2, 4, group_images=8) == "a larger data.micro_batch_size"
+
+
+def test_norms_that_are_frozen_are_not_said_to_be_none(patient, capsys):
+    def said(normalized: bool) -> str:
+        return next(arithmetic.check_statistics(arithmetic.Cut(32, 1), normalized, frozen="all")).text
+
+    assert said(normalized=False) == "the model has no batch normalization"
+    assert (
+        said(normalized=True) == "all norms keep those that were loaded (norm.frozen = all): none are taken of a batch"
+    )
+    patient.words = ("norm.frozen=statistics", "model.init=weights.pth")
+    texts = [f["text"] for f in patient.examined(capsys)["findings"] if f["name"] == "statistics"]
+    assert texts == ["all norms keep those that were loaded (norm.frozen = statistics): none are taken of a batch"]
+
+
 def test_a_rate_that_grows_much_without_a_warm_up_is_warned_about():
     def state(warmup: float) -> str:
         schedule = Schedule(0.1, 32, 1024, 10_000, 0.9, 1.0, warmup)
@@ -479,6 +501,26 @@ def test_a_curve_that_does_not_end_with_the_run_is_warned_about():
     schedule = Schedule(0.1, 32, 64, 6400, form="cosine", epochs=9.0)
     states = [next(arithmetic.check_rate(schedule, steps)).state for steps in (900, 600)]
     assert states == ["ok", "warning"]
+
+
+def test_a_curve_is_made_to_end_where_the_run_does(patient, capsys):
+    def way_out(steps: int, max_epochs: int, warmup: float = 0.0) -> str:
+        schedule = Schedule(0.1, 32, 64, 6400, form="cosine", epochs=9.0, warmup_epochs=warmup)
+        return next(arithmetic.check_rate(schedule, steps, max_epochs)).way_out
+
+    assert way_out(600, 6) == "schedule.epochs=0 in a new run, for trainer.max_epochs"
+    assert way_out(250, 9) == "schedule.epochs=2.5 in a new run, for trainer.max_steps"  # at 0 it is 9 all the same
+    assert way_out(250, -1) == "schedule.epochs=2.5 in a new run, for trainer.max_steps"
+    assert way_out(250, 9, 5.0).endswith("trainer.max_steps, and a schedule.warmup_epochs below that")
+    patient.words = ("schedule.form=cosine", "trainer.max_epochs=8", "trainer.max_steps=10")
+    (found,) = [f for f in patient.examined(capsys)["findings"] if f["name"] == "rate"]
+    assert (found["state"], found["way_out"]) == (
+        "warning",
+        "schedule.epochs=1.846 in a new run, for trainer.max_steps",
+    )
+    patient.words = (*patient.words, "schedule.epochs=1.846")
+    (found,) = [f for f in patient.examined(capsys)["findings"] if f["name"] == "rate"]
+    assert found["state"] == "ok"
 
 
 def test_a_batch_that_leaves_out_much_of_an_epoch_is_warned_about():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pipeline.data.batch import micro_batches, rank_places
 from pipeline.doctor.findings import Finding, fault, ok, warning
@@ -50,8 +50,15 @@ def check_shares(cut: Cut) -> Iterator[Finding]:
                       f"{max(most)} images", "leave it at 0")  # fmt: skip
 
 
-def check_statistics(cut: Cut, normalized: bool) -> Iterator[Finding]:
-    """How many images the batch statistics are taken over."""
+def check_statistics(cut: Cut, normalized: bool, *, frozen: str = "", group_images: int = 0) -> Iterator[Finding]:
+    """How many images the batch statistics are taken over.
+
+    normalized: by norms. frozen, group_images: the config's; with the first all norms keep what was loaded.
+    """
+    if normalized and frozen:
+        yield ok("statistics", f"all norms keep those that were loaded (norm.frozen = {frozen}): none are taken of a "
+                 "batch")  # fmt: skip
+        return
     if not normalized:
         yield ok("statistics", "the model has no batch normalization")
         return
@@ -71,7 +78,8 @@ def check_statistics(cut: Cut, normalized: bool) -> Iterator[Finding]:
     if cut.pieces > 1:
         text += ": those of a micro-batch, not of the global batch"
     if min(seen) < FEW and min(seen) < cut.batch:
-        remedy = "norm.group_size=0" if group < cut.world else "a larger data.micro_batch_size"
+        alone = "raise norm.group_images" if group_images else "norm.group_size=0"
+        remedy = alone if group < cut.world else "a larger data.micro_batch_size"
         yield warning("statistics", f"{text}; fewer than {FEW} make them noisy", remedy)
     else:
         yield ok("statistics", text)
@@ -106,20 +114,29 @@ def total_steps(batch: int, images: int, max_epochs: int, max_steps: int) -> int
     return min(limit for limit in (max_steps, max_epochs * (images // batch)) if limit >= 0)
 
 
-def check_rate(schedule: Schedule, steps: int) -> Iterator[Finding]:
-    """The learning rate of the global batch, and whether it ends with a run of so many steps."""
+def check_rate(schedule: Schedule, steps: int, max_epochs: int = -1) -> Iterator[Finding]:
+    """The learning rate of the global batch, and whether it ends with a run of so many steps, max_epochs at most."""
     factor = schedule.scaled_rate / schedule.rate
     text = (f"{schedule.scaled_rate:g} for {schedule.global_batch_size} images ({schedule.rate:g} for "
             f"{schedule.rate_batch_size})")  # fmt: skip
     if schedule.warmup_epochs:
         text += f", after a warm-up of {schedule.warmup_epochs:g} epoch{'' if schedule.warmup_epochs == 1 else 's'}"
     if misfit := schedule.misfit(steps):
-        yield warning("rate", f"{text}: {misfit}", "schedule.epochs=0 in a new run, for trainer.max_epochs")
+        yield warning("rate", f"{text}: {misfit}", _fitting_epochs(schedule, steps, max_epochs))
     elif factor > 8 and not schedule.warmup_epochs:
         yield warning("rate", f"{text}: {factor:.0f} times the stated one from the first step on",
                       "schedule.warmup_epochs=5, or a smaller data.global_batch_size")  # fmt: skip
     else:
         yield ok("rate", text)
+
+
+def _fitting_epochs(schedule: Schedule, steps: int, max_epochs: int) -> str:
+    """How a curve is made to end with the run, which trainer.max_steps may end before max_epochs."""
+    if not replace(schedule, epochs=max_epochs).misfit(steps):
+        return "schedule.epochs=0 in a new run, for trainer.max_epochs"
+    epochs = steps * schedule.global_batch_size / schedule.images
+    lower = ", and a schedule.warmup_epochs below that" if schedule.warmup_epochs >= epochs else ""
+    return f"schedule.epochs={epochs:.4g} in a new run, for trainer.max_steps{lower}"
 
 
 def _fitting(batch: int, images: int) -> int:

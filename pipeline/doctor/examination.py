@@ -205,8 +205,12 @@ def _arithmetic_checks(p: _Patient) -> Iterator[Check]:
         yield "arithmetic", "batch", lambda: arithmetic.check_batch(data.global_batch_size, p.images)
     yield "arithmetic", "shares", lambda: arithmetic.check_shares(p.cut)
     if p.model is not None:
-        normalized = any(isinstance(m, SyncBatchNorm) and not m.frozen for m in p.model.modules())
-        yield "arithmetic", "statistics", lambda: arithmetic.check_statistics(p.cut, normalized)
+        normalized, norm = any(isinstance(m, SyncBatchNorm) for m in p.model.modules()), p.config.norm
+        yield (
+            "arithmetic",
+            "statistics",
+            lambda: arithmetic.check_statistics(p.cut, normalized, frozen=norm.frozen, group_images=norm.group_images),
+        )
     if p.images >= data.global_batch_size:
         yield (
             "arithmetic",
@@ -216,6 +220,7 @@ def _arithmetic_checks(p: _Patient) -> Iterator[Check]:
                 arithmetic.total_steps(
                     data.global_batch_size, p.images, p.config.trainer.max_epochs, p.config.trainer.max_steps
                 ),
+                trainer.max_epochs,
             ),
         )
         yield (
