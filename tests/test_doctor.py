@@ -52,6 +52,8 @@ from tests.data.faulty_server import Fault, faulty_server
 SMALL = ("data=folder", "data.global_batch_size=24", "data.image_size=16", "model.stem=small", "model.width=0.125",
          "cluster.accelerator=cpu", "trainer.max_epochs=2", "trainer.threads=1")  # fmt: skip
 
+GROWING = ("augment.first_size=0.5", "augment.growth_epochs=2")
+
 MEASURED = pace.measured
 
 
@@ -239,6 +241,8 @@ PLANTED = [
     (typed("tracking.mode=online"), 2, "fault", "tracking.mode = online, and there is no key", "set WANDB_API_KEY"),
     (weights_that_do_not_fit, 2, "fault", "does not fit bn_inception as it is configured", "set model.* as the file"),
     (weights_that_are_not_there, 2, "fault", "model.init = WEIGHTS is no file", "give the .safetensors"),
+    (typed(*GROWING, "model.name=vit_b_32", "data.image_size=224"), 2, "fault",
+     "augment.first_size = 0.5: vit_b_32 takes no images of 112 pixels a side", "begin larger, or set it to 1 for 224"),
     (no_validation_images, 3, "fault", "has no split 'val'", "--holdout 0.1"),
     (typed("data.source=digits", "data.root=/proc/none"), 3, "fault", "/proc/none cannot be made", "give a"),
     (missing_shard, 3, "fault", "lacks train-000001.tar", "bring the shards back"),
@@ -338,6 +342,12 @@ def test_a_run_without_a_checkpoint_still_needs_the_file_that_it_begins_from(pat
     assert (weights()["state"], weights()["text"]) == (
         "ok", "the run has a checkpoint, and needs the file of model.init no more",
     )  # fmt: skip
+
+
+def test_images_that_grow_are_said_with_their_sizes(patient, capsys):
+    patient.words = (*GROWING, "augment.growth_steps=2", "model.name=resnet18", "data.image_size=64")
+    (found,) = [f for f in patient.examined(capsys)["findings"] if f["name"] == "sizes"]
+    assert (found["state"], found["text"]) == ("ok", "images of 32, 48, 64 pixels a side, one after the other")
 
 
 def test_the_table_says_what_json_says_and_ends_in_a_verdict(patient, capsys):

@@ -44,7 +44,7 @@ from pipeline.launch.slurm import render
 from pipeline.launch.targets import cloud_task, container_of, slurm_job
 from pipeline.models.registry import check_name
 from pipeline.norm import SyncBatchNorm
-from pipeline.run.assembly import build_descent, build_model, build_schedule
+from pipeline.run.assembly import build_augmentation, build_descent, build_model, build_schedule, check_sizes
 from pipeline.run.initial import initialize, with_digest
 from pipeline.training.checkpoint import checkpoints
 from pipeline.training.classifier import Classifier
@@ -137,6 +137,8 @@ def _checks(p: _Patient) -> Iterator[Check]:
     yield "arithmetic", "model", lambda: _model(p)  # whose size depends on the classes of the data
     if p.config.model.init:
         yield "arithmetic", "weights", lambda: _weights(p)
+    if p.model is not None and p.config.augment.first_size < 1:
+        yield "arithmetic", "sizes", lambda: _sizes(p)
     yield from _arithmetic_checks(p)
     yield from _directory_checks(p)
     yield "tracking", "W&B", lambda: _tracking(p.config)
@@ -402,6 +404,19 @@ def _weights(p: _Patient) -> Iterator[Finding]:
         yield ok("weights", initialize(build_model(config), config).line(config))
     except (ConfigError, ValueError) as error:
         yield of_message("weights", error)
+
+
+def _sizes(p: _Patient) -> Iterator[Finding]:
+    """Whether the network takes images as small as those that it begins with."""
+    assert p.model is not None
+    growth, full = build_augmentation(p.config).growth, p.config.data.image_size
+    assert growth is not None
+    try:
+        check_sizes(p.config, p.model)
+    except ConfigError as error:
+        yield of_message("sizes", error)
+        return
+    yield ok("sizes", f"images of {', '.join(map(str, growth.sizes(full)))} pixels a side, one after the other")
 
 
 def _change(p: _Patient) -> str:
