@@ -19,6 +19,7 @@ from unittest.mock import ANY
 import pytest
 import torch
 import wandb
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from pipeline import cli
 from pipeline.cli.settling import settled
@@ -781,3 +782,30 @@ def test_a_step_is_measured_within_its_time_and_no_larger_than_the_share():
     step, run = pace.check_pace(pace.Pace(2, 0.5, 0), images=1000, steps=30, batch=100, world=1, device="cpu")
     assert "the first one, later ones take less): at least 4 images/s" in step.text
     assert "an epoch takes at most 4.2 min" in run.text
+
+
+def test_a_step_of_images_that_grow_is_one_at_full_size():
+    step, run = pace.check_pace(
+        pace.Pace(10, 0.1, 5), images=1000, steps=30, batch=100, world=2, device="cpu", grows=True
+    )
+    assert step.text.endswith("one process, cpu, without loading, at full size")
+    assert "an epoch takes at most 10 s, the run of 30 steps at most 30 s by one process, at most 15 s by 2" in run.text
+
+
+@pytest.mark.parametrize(("name", "words"), [
+    ("SGD", ()), ("Lars", ("optimizer.name=lars",)), ("Lamb", ("optimizer.name=lamb", "optimizer.nesterov=false")),
+])  # fmt: skip
+def test_a_step_is_one_of_the_runs_own_optimizer(name, words, patient, capsys):
+    patient.patch.setattr(pace, "measured", MEASURED)
+    patient.patch.setattr(examination, "PACE_SECONDS", 0.05)
+    patient.words = (*words, *GROWING, "data.image_size=32", "optimizer.weight_decay=0.01")
+    taken: list[torch.optim.Optimizer] = []
+    hook = register_optimizer_step_post_hook(lambda optimizer, *_: taken.append(optimizer))
+    try:
+        report = patient.examined(capsys)
+    finally:
+        hook.remove()
+    assert {type(optimizer).__name__ for optimizer in taken} == {name}
+    assert [group["weight_decay"] for group in taken[0].param_groups] == [0.01, 0.0]
+    (found,) = [f for f in report["findings"] if f["name"] == "step"]
+    assert "at full size" in found["text"]

@@ -487,5 +487,6 @@ def _pace(p: _Patient) -> Iterator[Finding]:
     yield from pace.check_pace(
         measured, images=p.images, batch=batch, world=c.world, device=device,
         steps=arithmetic.total_steps(batch, p.images, c.trainer.max_epochs, c.trainer.max_steps),
+        grows=c.augment.first_size < 1,
         busy=f" (busy otherwise: load {load:.1f} on {cores:g} cores)" if load > cores else "",
     )  # fmt: skip

@@ -14,6 +14,7 @@ from pipeline.data.augment import UNCHANGED
 from pipeline.data.batch import Batch, collate
 from pipeline.doctor.findings import Finding, ok
 from pipeline.training.classifier import Classifier
+from pipeline.training.optimizer import build_optimizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +63,9 @@ def measured(step: Callable[[int], None], most: int, budget: float = 2.0) -> Pac
 def stepper(classifier: Classifier, *, image_size: int, classes: int, device: str, bf16: bool) -> Callable[[int], None]:
     """A training step of that many images, as one process takes it."""
     classifier.to(device).train()
-    optimizer = torch.optim.SGD(classifier.model.parameters(), lr=1e-6, momentum=0.9)
+    optimizer = build_optimizer(classifier.model, classifier.descent)
+    for group in optimizer.param_groups:
+        group["lr"] = 1e-6  # on noise the real one may end in NaN
     batches: dict[int, Batch] = {}
 
     def step(images: int) -> None:
@@ -79,16 +82,20 @@ def stepper(classifier: Classifier, *, image_size: int, classes: int, device: st
     return step
 
 
-def check_pace(pace: Pace, *, images: int, steps: int, batch: int, world: int, device: str, busy: str = ""
-               ) -> Iterator[Finding]:  # fmt: skip
-    """What a measured step means for the run. images: of an epoch; steps: of the run; busy: what else goes on here."""
+def check_pace(pace: Pace, *, images: int, steps: int, batch: int, world: int, device: str, busy: str = "",
+               grows: bool = False) -> Iterator[Finding]:  # fmt: skip
+    """What a measured step means for the run. images: of an epoch; steps: of the run; busy: what else goes on here.
+
+    grows: its images do, and the step was one at full size.
+    """
     rate, seconds = pace.images_per_s, pace.seconds
     took = f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1000:.3g} ms"
     how = f"median of {pace.repeats}" if pace.repeats else "the first one, later ones take less"
     least, most = ("", "") if pace.repeats else ("at least ", "at most ")
     yield ok("step", f"{pace.images} images in {took} ({how}): {least}{rate:,.3g} images/s, "
              f"{_count(rate * 86400)} a day; on this machine{busy}, one process, {device}, without loading"
-             )  # fmt: skip
+             f"{', at full size' if grows else ''}")  # fmt: skip
+    most = "at most " if grows else most  # earlier epochs take less
     total = steps * batch / rate
     text = f"an epoch takes {most}{_time(images / rate)}, the run of {steps:,} steps {most}{_time(total)}"
     if world > 1:
