@@ -116,7 +116,7 @@ def _export(run: Assembly, console: Console, checkpoint: Path, step: int, reques
             rivals = {**_rivals(classifier, description), **forms}
             speeds = speed.measured(rivals, pixel_NCHW, progress=progress)
         text = card.card(request.format, description, facts, agreement, speeds, machine)
-        (place / "README.md").write_text(text, encoding="utf-8")
+        (place / publication.CARD).write_text(text, encoding="utf-8")
         (place / publication.MARK).write_text(description.to_json(indent=2) + "\n", encoding="utf-8")
     directory = request.directory(config)
     shown = {name: value for name, value in facts.items() if name not in _CARD_ALONE}

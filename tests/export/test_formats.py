@@ -3,6 +3,7 @@
 import json
 import re
 import runpy
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -13,7 +14,7 @@ from safetensors import safe_open
 
 from pipeline import cli
 from pipeline.export import ExportError, graph, load, onnx_file, publication
-from pipeline.export.description import parse
+from pipeline.export.description import Description, Preprocessing, parse
 from pipeline.export.weights import read_tensors
 from pipeline.norm import PerActivationNorm
 from pipeline.norm.apart import statistics_of
@@ -192,7 +193,7 @@ def test_what_is_asked_wrongly_is_one_line(shards, tmp_path, monkeypatch, capsys
     place.mkdir()
     (place / "thesis.tex").write_text("years of work")
     line = refused(capsys, 1, *here, "--format", "safetensors", "--output", str(place), "--force")
-    assert "is there and no export; choose another place with --output" in line
+    assert "is there and no export: thesis.tex is not of one; choose another place with --output" in line
     assert (place / "thesis.tex").exists()
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "onnxscript" else name)
     line = refused(capsys, 1, *here, "--format", "onnx")
@@ -208,26 +209,86 @@ def test_norms_of_single_activations_are_kept_where_asked_and_are_not_cadenes(sh
     assert "model.per_activation = 2 is not of that layout" in refused(capsys, 1, *here, "--format", "cadene")
 
 
+def described(name: str) -> str:
+    return Description(name, {}, 2, Preprocessing(16, 1.0, [0.5] * 3, [0.2] * 3)).to_json()
+
+
 def test_an_export_is_replaced_only_by_force_and_never_by_half(tmp_path):
     place = tmp_path / "export" / "onnx"
     with publication.published(place, force=False) as temporary:
-        (temporary / "model.json").write_text("first")
+        (temporary / "model.json").write_text(described("first"))
         assert not place.exists()
     with pytest.raises(ExportError, match="holds an export; replace it with --force"):
         publication.check_free(place, force=False)
 
     def interrupted() -> None:
         with publication.published(place, force=True) as temporary:
-            (temporary / "model.json").write_text("second")
+            (temporary / "model.json").write_text(described("second"))
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         interrupted()
-    assert (place / "model.json").read_text() == "first"
+    assert (place / "model.json").read_text() == described("first")
     with publication.published(place, force=True) as temporary:
-        (temporary / "model.json").write_text("second")
-    assert (place / "model.json").read_text() == "second"
+        (temporary / "model.json").write_text(described("second"))
+    assert (place / "model.json").read_text() == described("second")
     assert [p.name for p in place.parent.iterdir()] == ["onnx"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("model.json", '{"layers": 3}', "model.json is not of one"),  # another program's
+        ("model.json", '{"format": "pipeline-export/9"}', "model.json is not of one"),
+        ("model.json", "", "model.json is not of one"),
+        ("thesis.tex", "years of work", "thesis.tex is not of one"),
+        ("data/shard.tar", "years of work", "data is not of one"),
+    ],
+)
+def test_force_removes_no_directory_that_holds_anything_but_an_export(tmp_path, name, content, said):
+    place = tmp_path / "other"
+    with publication.published(place, force=False) as temporary:
+        (temporary / "model.json").write_text(described("first"))
+    (place / name).parent.mkdir(exist_ok=True)
+    (place / name).write_text(content)
+    with pytest.raises(ExportError, match=f"is there and no export: {said}; choose another place"):
+        publication.check_free(place, force=True)
+    assert (place / name).read_text() == content
+
+
+def test_the_directory_that_one_is_in_is_refused_before_the_work_and_a_way_through_it_is_not(
+    shards, tmp_path, monkeypatch, capsys
+):
+    config = run_of(shards, tmp_path, "model.stem=small", "model.width=0.125", "data.image_size=16")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    words = ["export", str(config.directory), "--format", "safetensors", "--images", "4", "--output"]
+    with monkeypatch.context() as patch:
+        patch.setattr(exporting, "export", None)
+        for place in (".", "..", "/"):
+            line = refused(capsys, 1, *words, place)
+            assert f"{Path(place).resolve()} holds the directory that you are in" in line
+    assert cli.main([*words, "../here/../there/."]) == 0
+    assert (tmp_path / "there" / "model.safetensors").is_file()
+    (tmp_path / "link").symlink_to("there")
+    assert cli.main([*words, "../link", "--force"]) == 0
+    assert (tmp_path / "link").is_symlink()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["first", "here", "link", "there"]
+
+
+def test_what_comes_to_the_place_while_an_export_is_made_stays(tmp_path):
+    place = tmp_path / "export"
+
+    def late() -> None:
+        with publication.published(place, force=True) as temporary:
+            (temporary / "model.json").write_text(described("first"))
+            place.mkdir()
+            (place / "thesis.tex").write_text("years of work")
+
+    with pytest.raises(ExportError, match=r"thesis\.tex is not of one"):
+        late()
+    assert (place / "thesis.tex").read_text() == "years of work"
+    assert [p.name for p in tmp_path.iterdir()] == ["export"]
 
 
 def test_files_that_are_no_export_are_refused_by_what_they_are(tmp_path):
