@@ -344,7 +344,8 @@ def _finish(question: Question, results: Results, console: Console) -> None:
     _report(faults, question, results.directory, console)
     top1, top5 = (wilson(int(predictions.hits(k).sum()), len(predictions)) for k in (1, 5))
     scores = {
-        "checkpoint": question.checkpoint.name, "step": question.step,
+        "checkpoint": question.checkpoint.name, "checkpoint_sha256": question.settings["checkpoint"],
+        "step": question.step,
         "loss": float(predictions.losses().mean()) if len(predictions) else 0.0,
         "top1": top1.value, "top5": top5.value, "images": len(predictions),
         "top1_interval": [top1.low, top1.high], "top5_interval": [top5.low, top5.high],

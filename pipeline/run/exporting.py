@@ -91,15 +91,17 @@ def export(
             _set_statistics(classifier, run, config, progress)
         else:
             classifier.model.load_state_dict(averages(state), strict=False)
-        _export(run, console, checkpoint, int(state["global_step"]), request, progress)
+        _export(run, console, checkpoint, state, request, progress)
 
 
-def _export(run: Assembly, console: Console, checkpoint: Path, step: int, request: Request, progress: Progress) -> None:
+def _export(
+    run: Assembly, console: Console, checkpoint: Path, state: Mapping[str, Any], request: Request, progress: Progress
+) -> None:
     config, classifier = run.config, run.classifier.cpu()
     pixel_NCHW = validation_pixels(run, request.images)
     trained_NK = _logits(partial(_trained, classifier), pixel_NCHW)
     exact_NK = _logits(partial(_trained, copy.deepcopy(classifier).double()), pixel_NCHW)
-    description = _described(run, request, checkpoint, step)
+    description = _described(run, request, checkpoint, state)
     with publication.published(request.directory(config), force=request.force) as place:
         file, size = _written(classifier, pixel_NCHW, description, request, place)
         forms, nodes = _loaded(file, request, description)
@@ -181,7 +183,7 @@ def _logits(form: Form, images: Tensor) -> Tensor:
     return torch.cat([form(part) for part in torch.split(images, _BATCH)])
 
 
-def _described(run: Assembly, request: Request, checkpoint: Path, step: int) -> Description:
+def _described(run: Assembly, request: Request, checkpoint: Path, state: Mapping[str, Any]) -> Description:
     config = run.config
     data = config.data
     return Description(
@@ -193,7 +195,7 @@ def _described(run: Assembly, request: Request, checkpoint: Path, step: int) -> 
         takes=request.takes,
         norms=KEPT if request.keep_norms or request.format == CADENE else FOLDED,
         eps=config.norm.eps,
-        facts=origin(run.config, checkpoint, step),
+        facts=origin(run.config, checkpoint, state),
     )
 
 
