@@ -18,7 +18,7 @@ from pipeline.callbacks.statistics import Beside
 from pipeline.config import Config, ConfigError, identity
 from pipeline.data.shards import DataError
 from pipeline.evaluation.metrics import Scores
-from pipeline.norm.statistics import kept
+from pipeline.norm.statistics import statistics_among
 from pipeline.run.assembly import assemble, build_trainer, evaluated_by
 from pipeline.run.failures import interruptible
 from pipeline.run.reports import statistics_used
@@ -126,7 +126,8 @@ def _scored(
         raise ConfigError(
             f"{name} does not fit the model of {config.directory}; give a run of the same network first"
         ) from None
-    own = kept(run.classifier.model)
+    # Of what every rank has just loaded, and not by a collective: nccl has none for a network that is still on the CPU.
+    own = {name: value.clone() for name, value in statistics_among(run.classifier.model.state_dict()).items()}
     population = Population(run.data.train_loader, config.norm.precise_images, form=config.norm.precise_form)
     directory, budget = config.directory / "bad-samples", config.data.bad_samples
     callbacks: list[lightning.Callback] = [population, *([Beside(lambda: own)] if beside and own else [])]

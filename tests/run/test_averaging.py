@@ -5,12 +5,16 @@ import shutil
 
 import pytest
 import torch
+from rich.console import Console
 
 from pipeline.callbacks.journal import read_journal
 from pipeline.cli import main
 from pipeline.norm.statistics import statistics_among
+from pipeline.run import averaging
+from pipeline.run.assembly import build_trainer
 from pipeline.training.checkpoint import checkpoints
 from pipeline.training.checkpoint_io import STAMP
+from pipeline.world import World
 from tests.callbacks.test_statistics import trained
 
 
@@ -67,15 +71,37 @@ def test_an_evaluation_of_it_gives_the_same_scores(first, soup, how):
     assert found["loss"] == pytest.approx(content["soup"]["scores"][2]["loss"], abs=1e-9)
 
 
-def test_three_processes_make_the_same_average(first, soup, tmp_path):
+def test_three_processes_make_the_same_average_and_scores(first, soup, tmp_path):
     content, _ = soup
     output = tmp_path / "three.ckpt"
-    words = [str(first.directory), "--last", "2", "--output", str(output), "--no-members", "cluster.devices=3"]
+    words = [str(first.directory), "--last", "2", "--output", str(output), "cluster.devices=3"]
     assert main(["average", *words]) == 0
     again = torch.load(output, weights_only=True)
     for name, value in content["state_dict"].items():
         torch.testing.assert_close(again["state_dict"][name], value, rtol=1e-9, atol=1e-12)
-    assert [row["statistics"] for row in again["soup"]["scores"]] == ["estimated anew", "averages of the members'"]
+    for row, known in zip(again["soup"]["scores"], content["soup"]["scores"], strict=True):
+        assert row == {**known, "loss": pytest.approx(known["loss"], abs=1e-9)}
+
+
+def test_ranks_exchange_nothing_before_the_trainer_has_moved_the_network(first, tmp_path, monkeypatch):
+    """nccl exchanges nothing that lies on the CPU."""
+    exchanged, before = [], []
+
+    def build(run, callbacks):
+        before.extend(exchanged)
+        return build_trainer(run, callbacks)
+
+    def averaged(values):
+        exchanged.append(len(values))
+        return values
+
+    monkeypatch.setattr("pipeline.norm.statistics.average_over_world", averaged)
+    monkeypatch.setattr(averaging, "build_trainer", build)
+    members = checkpoints(first.directory / "checkpoints")
+    output = tmp_path / "again.ckpt"
+    averaging.average(first, World(), Console(quiet=True), members=members, output=output, with_members=False)
+    assert exchanged
+    assert not before
 
 
 def test_what_cannot_be_averaged_is_one_line(first, soup, shards, tmp_path, capsys):
