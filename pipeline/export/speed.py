@@ -16,6 +16,7 @@ from torch import Tensor
 
 Form = Callable[[Tensor], Tensor]
 ROUNDS = 10
+BATCHES = (1, 8)
 SECONDS = 0.2  # the least that a form runs for in a round
 
 
@@ -35,15 +36,15 @@ def measured(
     forms: Mapping[str, Form],
     images: Tensor,
     *,
-    batches: Sequence[int] = (1, 8),
+    batches: Sequence[int] = BATCHES,
     rounds: int = ROUNDS,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Speed]:
-    """A row for each form and batch size. images: repeated to fill a batch."""
+    """A row for each form and batch size."""
     rows: list[Speed] = []
     total = len(batches) * (rounds + 1)
     for place, batch in enumerate(batches):
-        given = images.repeat(-(-batch // len(images)), 1, 1, 1)[:batch].contiguous()
+        given = batch_of(images, batch)
         for form in forms.values():  # compiles, chooses its kernels, fills its caches
             form(given)
             form(given)
@@ -55,6 +56,11 @@ def measured(
             progress(place * (rounds + 1) + number + 2, total)
         rows += [Speed(n, batch, statistics.median(r), min(r), max(r), rounds) for n, r in rates.items()]
     return rows
+
+
+def batch_of(images: Tensor, size: int) -> Tensor:
+    """The first ones, repeated to fill it."""
+    return images.repeat(-(-size // len(images)), 1, 1, 1)[:size].contiguous()
 
 
 def machine() -> str:

@@ -115,8 +115,8 @@ def _export(
         speeds, machine = [], ""
         if request.speed:
             machine = speed.machine()
-            rivals = {**_rivals(classifier, description), **forms}
-            speeds = speed.measured(rivals, pixel_NCHW, progress=progress)
+            rivals = _running(_rivals(classifier, description), pixel_NCHW, console)
+            speeds = speed.measured({**rivals, **forms}, pixel_NCHW, progress=progress)
         text = card.card(request.format, description, facts, agreement, speeds, machine)
         (place / publication.CARD).write_text(text, encoding="utf-8")
         (place / publication.MARK).write_text(description.to_json(indent=2) + "\n", encoding="utf-8")
@@ -249,6 +249,23 @@ def _rivals(classifier: Classifier, description: Description) -> dict[str, Form]
     trained = Deployed(stripped(classifier.model), mean, std, PIXELS).eval().to(memory_format=torch.channels_last)
     compiled = torch.compile(network, dynamic=False)
     return {"eager": trained, "eager, folded": network, "torch.compile, folded": compiled}
+
+
+def _running(rivals: Mapping[str, Form], pixel_NCHW: Tensor, console: Console) -> dict[str, Form]:
+    """Those that run here at each batch size; of others it is said why not, and the file is kept without them."""
+    found: dict[str, Form] = {}
+    for name, rival in rivals.items():
+        try:
+            with torch.no_grad():
+                for batch in speed.BATCHES:
+                    rival(speed.batch_of(pixel_NCHW, batch))
+        except Exception as error:  # of a compiler, whose tools a machine may not have
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            console.print(f"--speed leaves out {name}, which does not run here: {reason}",
+                          highlight=False, markup=False, soft_wrap=True)  # fmt: skip
+        else:
+            found[name] = rival
+    return found
 
 
 def _onnx() -> Any:

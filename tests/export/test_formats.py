@@ -1,8 +1,11 @@
 """A run's network in every format: the file computes what the network does, and its norms are gone."""
 
 import json
+import os
 import re
 import runpy
+import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -156,6 +159,43 @@ def test_speed_is_measured_beside_eager_and_compiled_pytorch_and_stands_in_the_c
         assert form in said
         for batch in (1, 8):
             assert re.search(rf"\| {form} \| {batch} \| [\d.,]+ \| [\d.,]+ to [\d.,]+ \| 10 \|", text)
+
+
+def test_a_rival_that_does_not_run_is_left_out_and_the_file_is_kept(shards, tmp_path, monkeypatch, capsys):
+    config = run_of(shards, tmp_path, "model.stem=small", "model.width=0.125", "data.image_size=16")
+
+    def compiled(network, **how):
+        def run(images):
+            raise RuntimeError("No working C++ compiler found in [['g++']]\nmore of it")
+
+        return run
+
+    monkeypatch.setattr("torch.compile", compiled)
+    monkeypatch.setattr("pipeline.export.speed.SECONDS", 0.001)
+    assert cli.main(["export", str(config.directory), "--format", "torch-export", "--speed"]) == 0
+    said, text = capsys.readouterr().out, (config.directory / "export" / "torch-export" / "README.md").read_text()
+    reason = "No working C++ compiler found in [['g++']]"
+    assert f"--speed leaves out torch.compile, folded, which does not run here: {reason}\n" in said
+    assert "more of it" not in said
+    assert "| eager, folded | 8 |" in text
+    assert "| torch-export | 8 |" in text
+    assert "compile, folded |" not in text
+
+
+def test_a_signal_ends_an_export_while_a_rival_compiles(shards, tmp_path, monkeypatch, capsys):
+    config = run_of(shards, tmp_path, "model.stem=small", "model.width=0.125", "data.image_size=16")
+
+    def compiled(network, **how):
+        def run(images):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(5)
+
+        return run
+
+    monkeypatch.setattr("torch.compile", compiled)
+    line = refused(capsys, 1, "export", str(config.directory), "--format", "safetensors", "--speed")
+    assert line == "pipeline: interrupted"
+    assert not list((config.directory / "export").iterdir())
 
 
 def test_a_file_that_computes_something_else_is_not_kept(shards, tmp_path, monkeypatch, capsys):
