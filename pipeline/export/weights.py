@@ -42,7 +42,12 @@ def load(path: str | Path) -> tuple[Deployed, Description]:
     if KEY not in header:
         raise ExportError(f"{path} holds tensors alone, and does not say of which network; give model.init={path}")
     description = parse(header[KEY], str(path))
-    network = built(description)
+    try:
+        network = built(description)
+    except (ValueError, TypeError) as error:
+        raise ExportError(
+            f"{path} describes a network that this version cannot build ({error}); read it with the one that wrote it"
+        ) from None
     try:
         network.load_state_dict(tensors)
     except RuntimeError as error:

@@ -124,7 +124,7 @@ def _unwrapped(path: Path, content: Mapping[str, Any]) -> dict[str, Tensor]:
     for name in _WRAPPERS:
         if isinstance(content.get(name), dict):
             content = content[name]
-    odd = [name for name, value in content.items() if not isinstance(value, Tensor)]
+    odd = [name for name, value in content.items() if not isinstance(name, str) or not isinstance(value, Tensor)]
     if odd or not content:
         shown = ", ".join(map(str, list(content)[:5])) or "nothing"
         raise ConfigError(

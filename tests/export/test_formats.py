@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from pipeline import cli
 from pipeline.export import ExportError, graph, load, onnx_file, publication
@@ -249,8 +250,8 @@ def test_norms_of_single_activations_are_kept_where_asked_and_are_not_cadenes(sh
     assert "model.per_activation = 2 is not of that layout" in refused(capsys, 1, *here, "--format", "cadene")
 
 
-def described(name: str) -> str:
-    return Description(name, {}, 2, Preprocessing(16, 1.0, [0.5] * 3, [0.2] * 3)).to_json()
+def described(name: str, **options: object) -> str:
+    return Description(name, options, 2, Preprocessing(16, 1.0, [0.5] * 3, [0.2] * 3)).to_json()
 
 
 def test_an_export_is_replaced_only_by_force_and_never_by_half(tmp_path):
@@ -341,6 +342,11 @@ def test_files_that_are_no_export_are_refused_by_what_they_are(tmp_path):
             load(tmp_path / name)
     with pytest.raises(ExportError, match="No such file"):
         load(tmp_path / "none.safetensors")
+    for name, options, said in (("bn_conception", {}, "is not a model"), ("bn_inception", {"depth": 3}, "depth")):
+        header = {"pipeline": described(name, **options)}
+        save_file({"a": torch.zeros(1)}, tmp_path / "b.safetensors", header)
+        with pytest.raises(ExportError, match=f"describes a network that this version cannot build .*{said}"):
+            load(tmp_path / "b.safetensors")
     with pytest.raises(ExportError, match="describes no network"):
         parse("{}", "model.json")
     with pytest.raises(ExportError, match="of format pipeline-export/9, this version reads"):

@@ -146,6 +146,9 @@ def test_what_does_not_fit_is_refused_by_name(shards, tmp_path):
     torch.save({"a": torch.zeros(2), "b": 3}, tmp_path / "odd.pth")
     with pytest.raises(ConfigError, match="holds a, b, and no tensors by name"):
         begun(config(shards, *SMALL, f"model.init={tmp_path}/odd.pth"))
+    torch.save({0: torch.zeros(2), 1: torch.zeros(2)}, tmp_path / "numbered.pth")
+    with pytest.raises(ConfigError, match="holds 0, 1, and no tensors by name"):
+        begun(config(shards, *SMALL, f"model.init={tmp_path}/numbered.pth"))
     torch.save({"a": torch.zeros(2)}, tmp_path / "other.pth")
     with pytest.raises(ConfigError, match=r"is missing.* and \d+ more; set model"):
         begun(config(shards, *SMALL, f"model.init={tmp_path}/other.pth"))
