@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,19 +19,30 @@ from pipeline.models.layouts import EPS, MEAN_BGR, OPTIONS, LayoutError, Mapped,
 from pipeline.norm import SyncBatchNorm
 
 FILE, TABLE = "model.safetensors", "layout.csv"
+_SHRINKS = 32  # pixels of a side that become one
 SETTINGS = "pretrained_settings"  # in the header, under the names of pretrainedmodels
+
+
+def check(name: str, options: Mapping[str, Any], size: int) -> None:
+    """size: pixels a side. Raises ExportError for a network, or images, that theirs is not the same function of."""
+    wanted = {**OPTIONS, "width": 1.0, "activation": "relu", "response_norm": False, "per_activation": 0}
+    wrong = [f"model.{key} = {options.get(key)}" for key, value in wanted.items() if options.get(key) != value]
+    if name != "bn_inception" or wrong:
+        raise ExportError(
+            f"--format cadene: {', '.join(wrong) or f'model.name = {name}'} is not of that layout; "
+            "it takes bn_inception trained with model.stem=dense model.literal_fig5=true model.count_padding=true"
+        )
+    if size % _SHRINKS:
+        raise ExportError(
+            f"--format cadene: data.image_size = {size} does not halve evenly five times, where their pools round "
+            f"otherwise than ours; it takes multiples of {_SHRINKS}: choose --format safetensors"
+        )
 
 
 def write(network: nn.Module, description: Description, path: Path) -> None:
     """Their tensors, how an image becomes their input, and beside it which layer became which. Raises ExportError."""
-    preprocessing, options = description.preprocessing, description.options
-    wanted = {**OPTIONS, "width": 1.0, "activation": "relu", "response_norm": False, "per_activation": 0}
-    wrong = [f"model.{name} = {options.get(name)}" for name, value in wanted.items() if options.get(name) != value]
-    if description.name != "bn_inception" or wrong:
-        raise ExportError(
-            f"--format cadene: {', '.join(wrong) or f'model.name = {description.name}'} is not of that layout; "
-            "it takes bn_inception trained with model.stem=dense model.literal_fig5=true model.count_padding=true"
-        )
+    preprocessing = description.preprocessing
+    check(description.name, description.options, preprocessing.size)
     try:
         tensors, rows = to_cadene(network.state_dict(), preprocessing.std, description.eps)
     except LayoutError as error:

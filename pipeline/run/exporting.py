@@ -69,6 +69,8 @@ def check(config: Config, request: Request) -> None:
     if request.takes != PIXELS and request.format not in (TORCH_EXPORT, ONNX):
         raise ConfigError(f"--input is of torch-export and onnx, which hold a graph; {request.format} holds weights")
     publication.check_free(request.directory(config), force=request.force)
+    if request.format == CADENE:
+        layout_file.check(config.model.name, model_options(config), config.data.image_size)
     if request.format == ONNX:
         _onnx()
 

@@ -148,6 +148,18 @@ def test_a_run_in_cadenes_layout_is_the_same_network_under_their_names(shards, t
     assert left["images"].dtype == np.float32
 
 
+@pytest.mark.parametrize("size", [16, 40, 112])
+def test_sides_that_do_not_halve_evenly_are_not_cadenes_and_that_is_said_before_the_work(
+    shards, tmp_path, monkeypatch, capsys, size
+):
+    options = ["model.stem=dense", "model.literal_fig5=true", "model.count_padding=true", f"data.image_size={size}"]
+    config = run_of(shards, tmp_path, *options)
+    monkeypatch.setattr(exporting, "export", None)
+    line = refused(capsys, 1, "export", str(config.directory), "--format", "cadene")
+    assert f"data.image_size = {size} does not halve evenly five times" in line
+    assert not (config.directory / "export").exists()
+
+
 def test_speed_is_measured_beside_eager_and_compiled_pytorch_and_stands_in_the_card(
     shards, tmp_path, monkeypatch, capsys
 ):
@@ -229,7 +241,7 @@ def test_what_is_asked_wrongly_is_one_line(shards, tmp_path, monkeypatch, capsys
         "model.stem = small, model.literal_fig5 = False, model.count_padding = False, model.width = 0.125"
         in refused(capsys, 1, *here, "--format", "cadene")
     )
-    assert not list((config.directory / "export").iterdir())
+    assert not (config.directory / "export").exists()
     place = tmp_path / "other"
     place.mkdir()
     (place / "thesis.tex").write_text("years of work")
