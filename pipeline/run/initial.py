@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pipeline.callbacks.population import running_averages
 from pipeline.config import Config, ConfigError, completed, read_config
 from pipeline.data.shards import file_sha256
 from pipeline.export import ExportError
@@ -107,6 +108,8 @@ def _under_our_names(
     if STAMP in content and isinstance(content.get("state_dict"), dict):
         layout = f"checkpoint of a run, step {content.get('global_step', 0):,}"
         layout += ", averaged weights" if AVERAGED in content else ""
+        if config.norm.frozen and has_norms:
+            _check_statistics(path, content, config)
         content = weights_of(content)
     tensors = _unwrapped(path, content)
     if is_cadene(tensors):
@@ -114,6 +117,19 @@ def _under_our_names(
         ours, rows = from_cadene(tensors, config.data.std)
         return "Cadene's layout", ours, rows
     return layout, tensors, []
+
+
+def _check_statistics(path: Path, checkpoint: Mapping[str, Any], config: Config) -> None:
+    """Raises ConfigError for averages whose statistics are of an earlier step: nothing would ever correct them.
+
+    A validation estimates them, and its callback keeps the step; those of frozen norms are as they were loaded.
+    """
+    was_frozen = checkpoint[STAMP].get("identity", {}).get("norm.frozen")
+    if AVERAGED in checkpoint and not was_frozen and running_averages(checkpoint) is None:
+        raise ConfigError(
+            f"model.init = {path} holds averaged weights with statistics of an earlier step's, and norm.frozen = "
+            f"{config.norm.frozen} would keep them; give best.ckpt, or one made by `pipeline average`"
+        )
 
 
 def _has_norms(model: nn.Module) -> bool:

@@ -15,6 +15,7 @@ from pipeline.norm import SyncBatchNorm
 from pipeline.run.assembly import assemble, build_model
 from pipeline.run.initial import initialize
 from pipeline.world import World
+from tests.callbacks.test_statistics import trained
 from tests.export.runs import run_of
 from tests.models.test_layouts import pixels, their_logits, theirs
 from tests.test_cli import refused
@@ -60,6 +61,21 @@ def test_averaged_weights_are_what_a_run_begins_from_where_there_are_some(shards
     assert initial.layout == "checkpoint of a run, step 7, averaged weights"
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, content["averaged"][f"model.{name}"]), name
+
+
+def test_frozen_norms_take_an_average_with_statistics_of_its_own_step_alone(shards, tmp_path):
+    """Those that a run keeps are of its last validation, and nothing would estimate them any more."""
+    run = trained(shards, tmp_path, 1, "averaging.decay=0.9", "trainer.checkpoint_every_steps=3")
+    folder = run.directory / "checkpoints"
+    early, frozen = folder / "step-00000003.ckpt", [*SMALL, "norm.frozen=all"]
+    refusal = r"of an earlier step's, and norm.frozen = all would keep them; give best.ckpt, or one made by"
+    with pytest.raises(ConfigError, match=refusal):
+        begun(config(shards, *frozen, f"model.init={early}"))
+    begun(config(shards, *SMALL, f"model.init={early}"))
+    _, initial = begun(config(shards, *frozen, f"model.init={folder}/best.ckpt"))
+    assert initial.layout.endswith("averaged weights")
+    assert cli.main(["average", str(run.directory), "--last", "2", "--no-members"]) == 0
+    begun(config(shards, *frozen, f"model.init={run.directory}/average.ckpt"))
 
 
 @pytest.mark.parametrize("words", [["norm.frozen=statistics"], ["recipe=inception"]])
