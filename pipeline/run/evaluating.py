@@ -137,14 +137,14 @@ def ask(config: Config, source: EvaluationSet, checkpoint: Path, views: int) -> 
         "checkpoint": file_sha256(checkpoint), "step": step, "split": source.name, "images": source.images,
         "views": views, **({} if source.is_own else {"set": source.digest}),
         "rows_at_once": config.data.micro_batch_size or _ROWS_AT_ONCE, "accelerator": accelerator_of(config),
-        "torch": str(torch.__version__), **_by_config(config),
+        "torch": str(torch.__version__), **_by_config(config, state),
     }  # fmt: skip
     return Question(config, checkpoint, views, source, step, settings)
 
 
-def _by_config(config: Config) -> dict[str, Any]:
+def _by_config(config: Config, state: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Which statistics, and what else the run is."""
-    return {"statistics": statistics_used(config), "statistics_batch": statistics_batch(config),
+    return {"statistics": statistics_used(config, state), "statistics_batch": statistics_batch(config),
             "config": json.loads(json.dumps(identity(config)))}  # fmt: skip
 
 

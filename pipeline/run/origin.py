@@ -27,7 +27,7 @@ def origin(config: Config, checkpoint: Path, state: Mapping[str, Any]) -> dict[s
     return {
         "run": config.run.id, "recipe": config.run.recipe,
         "checkpoint": f"{checkpoint.name}, step {state['global_step']:,}",
-        "statistics": statistics_used(config), "validation": _scores(config, checkpoint, state),
+        "statistics": statistics_used(config, state), "validation": _scores(config, checkpoint, state),
         "data": config.run.data, "data digest": config.data.digest, "seed": config.seed,
         "precision in training": config.trainer.precision,
         "code": f"{_trained_by(config.directory)}, written by {code_state().digest}",
@@ -47,8 +47,7 @@ def _scores(config: Config, checkpoint: Path, state: Mapping[str, Any]) -> str:
 
     A step does not tell weights: averaged ones have that of their newest member.
     """
-    evaluated = _evaluated(config, checkpoint)
-    if evaluated:
+    if evaluated := _evaluated(config, checkpoint, state):
         return evaluated
     if SOUP in state:
         return _averaged(state[SOUP])
@@ -56,10 +55,10 @@ def _scores(config: Config, checkpoint: Path, state: Mapping[str, Any]) -> str:
     return (_validated(config.directory, state["global_step"]) if is_its else "") or UNKNOWN
 
 
-def _evaluated(config: Config, checkpoint: Path) -> str:
+def _evaluated(config: Config, checkpoint: Path, state: Mapping[str, Any]) -> str:
     try:
         found = json.loads((config.directory / "evaluation.json").read_text())
-        wanted = {"checkpoint_sha256": file_sha256(checkpoint), "statistics": statistics_used(config)}
+        wanted = {"checkpoint_sha256": file_sha256(checkpoint), "statistics": statistics_used(config, state)}
         if any(found[name] != value for name, value in wanted.items()):
             return ""
         views = found.get("views", 1)

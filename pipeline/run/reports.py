@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from pipeline.config import Config, statistics_group
 from pipeline.data.order import SORTED, WELL_MIXED, Order, shard_mixing, shuffle_quality
 from pipeline.evaluation.metrics import Scores
 from pipeline.run.assembly import Assembly, micro_batch_images
+from pipeline.training.checkpoint_io import AVERAGED
+from pipeline.training.soup import SOUP
 
 RUNNING = "running averages"
 
@@ -79,11 +82,17 @@ def summarize(run: Assembly, steps: int, elapsed: float, console: Console) -> No
     console.print(table(config.run.id, facts))
 
 
-def statistics_used(config: Config) -> str:
+def statistics_used(config: Config, checkpoint: Mapping[str, Any] | None = None) -> str:
+    """checkpoint: whose weights they go with; None = a run's own, as it trains them."""
     if config.norm.frozen:
         return "frozen, as they were loaded"
-    images = config.norm.precise_images
-    return f"population, {images:,} training images at most" if images else RUNNING
+    if images := config.norm.precise_images:
+        return f"population, {images:,} training images at most"
+    if checkpoint is not None and SOUP in checkpoint:
+        return "population, as estimated when it was averaged"
+    if checkpoint is not None and AVERAGED in checkpoint:
+        return "population, as estimated on the average by its run's last validation"
+    return RUNNING
 
 
 def beside(scores: Scores | None, name: str = RUNNING) -> dict[str, str]:

@@ -68,6 +68,9 @@ def test_an_evaluation_of_it_gives_the_same_scores(first, soup, how):
     assert main(["evaluate", str(first.directory), "--checkpoint", str(path), *how]) == 0
     found = json.loads((first.directory / "evaluation.json").read_text())
     assert "running_averages" not in found  # of averaged weights there are none
+    is_estimated = "norm.precise_images=0" not in how
+    kind = "60 training images at most" if is_estimated else "as estimated when it was averaged"
+    assert found["statistics"] == f"population, {kind}"
     assert found["loss"] == pytest.approx(content["soup"]["scores"][2]["loss"], abs=1e-9)
 
 

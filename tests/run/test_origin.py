@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from pipeline import cli
+from pipeline.config import completed
 from pipeline.run.origin import origin
 from pipeline.training.checkpoint_io import write_checkpoint
 from tests.export.runs import run_of
@@ -64,6 +65,21 @@ def test_averaged_weights_have_scores_of_their_own(run):
     assert said(run, path).endswith("of 35 images, 1 view each")
     assert "by its metrics.csv" in said(run, checkpoint(run))
     assert cli.main(["evaluate", str(run.directory)]) == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ({}, "running averages"),
+        ({"soup": {"members": [], "scores": []}}, "population, as estimated when it was averaged"),
+        ({"averaged": {}}, "population, as estimated on the average by its run's last validation"),
+    ],
+)
+def test_statistics_that_are_not_estimated_are_called_what_the_file_holds(run, kind, said):
+    content = torch.load(checkpoint(run), weights_only=True) | kind
+    left = completed(run, norm={"precise_images": 0})
+    assert origin(left, checkpoint(run), content)["statistics"] == said
+    assert origin(run, checkpoint(run), content)["statistics"] == "population, 48 training images at most"
 
 
 def test_of_a_file_from_elsewhere_the_run_knows_nothing(run, tmp_path):
