@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import importlib.util
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -151,8 +152,24 @@ def _set_statistics(classifier: Classifier, run: Assembly, config: Config, progr
             progress((number + 1) * each, count * each)
 
     is_mixed = config.trainer.precision == "bf16"
-    with torch.autocast(device.type, torch.bfloat16) if is_mixed else nullcontext():
+    with (
+        _deterministic(is_so=config.trainer.deterministic),
+        torch.autocast(device.type, torch.bfloat16) if is_mixed else nullcontext(),
+    ):
         estimate_apart(classifier.model, batches(), count, classifier, form=config.norm.precise_form)
+
+
+@contextmanager
+def _deterministic(*, is_so: bool) -> Iterator[None]:
+    """With algorithms as an evaluation's trainer chooses them."""
+    if is_so:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    was_so, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(is_so)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(was_so, warn_only=warns)
 
 
 def validation_pixels(run: Assembly, count: int) -> Tensor:

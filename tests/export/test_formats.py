@@ -22,7 +22,7 @@ from pipeline.export.description import Description, Preprocessing, parse
 from pipeline.export.weights import read_tensors
 from pipeline.norm import PerActivationNorm
 from pipeline.norm.apart import statistics_of
-from pipeline.run import exporting
+from pipeline.run import evaluating, exporting
 from tests.conftest import noise_image
 from tests.export.runs import NETWORKS, run_of
 from tests.test_cli import refused
@@ -98,6 +98,33 @@ def test_statistics_have_the_bits_of_an_evaluation_or_are_the_running_ones(shard
     assert torch.equal(running, state["model.stem.0.norm.running_mean"])
     assert "top-1" in (tmp_path / "estimated" / "README.md").read_text()
     assert " images, 1 view each" in (tmp_path / "estimated" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("is_deterministic", [True, False])
+def test_statistics_are_estimated_by_algorithms_as_an_evaluations_are(shards, tmp_path, monkeypatch, is_deterministic):
+    words = ["model.stem=small", "model.width=0.125", "data.image_size=16"]
+    config = run_of(shards, tmp_path, *words, f"trainer.deterministic={str(is_deterministic).lower()}")
+    seen = {}
+
+    def spied(place):
+        estimate = place.estimate_apart
+
+        def estimate_apart(*given, **how):
+            seen[place] = torch.are_deterministic_algorithms_enabled()
+            return estimate(*given, **how)
+
+        monkeypatch.setattr(place, "estimate_apart", estimate_apart)
+
+    before = torch.are_deterministic_algorithms_enabled()
+    try:
+        for place, verb in ((evaluating, ["evaluate"]), (exporting, ["export", "--format", "safetensors"])):
+            spied(place)
+            torch.use_deterministic_algorithms(not is_deterministic)
+            assert cli.main([verb[0], str(config.directory), *verb[1:]]) == 0
+        assert torch.are_deterministic_algorithms_enabled() is not is_deterministic  # given back
+    finally:
+        torch.use_deterministic_algorithms(before)
+    assert seen == {evaluating: is_deterministic, exporting: is_deterministic}
 
 
 @pytest.mark.parametrize(("form", "takes"), [(f, "pixels") for f in FILES] + [("onnx", "normalized")])
