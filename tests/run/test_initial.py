@@ -9,7 +9,7 @@ from torchvision.models import resnet18
 
 from pipeline import cli
 from pipeline.cli.settling import settled
-from pipeline.config import Config, ConfigError, compose_config, differences, identity
+from pipeline.config import Config, ConfigError, completed, compose_config, differences, identity
 from pipeline.models.layouts import mean_of
 from pipeline.norm import SyncBatchNorm
 from pipeline.run.assembly import assemble, build_model
@@ -187,6 +187,8 @@ def test_a_run_is_told_by_what_the_file_holds_not_by_where_it_lies(shards, tmp_p
     torch.save({"other": torch.zeros(1)}, second)
     other = config(shards, *SMALL, f"model.init={second}")
     assert [line.partition(" =")[0] for line in differences(other, left)] == ["model.init_digest"]
+    assert not differences(completed(left, model={"init_digest": ""}), left)  # typed again, not looked at yet
+    assert differences(left, config(shards, *SMALL))
     torch.save({"other": torch.zeros(1)}, first)
     with pytest.raises(ConfigError, match="is another file than the run was made with"):
         begun(left)
