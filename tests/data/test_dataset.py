@@ -299,7 +299,7 @@ def test_shards_that_came_later_or_changed_are_named(tmp_path):
 def test_an_index_in_a_place_that_may_only_be_read_serves(tmp_path, monkeypatch):
     root = timm_tree(tmp_path)
     opened(root)
-    monkeypatch.setattr("pipeline.data.dataset._alone", lambda directory: pytest.fail("no lock can be taken there"))
+    monkeypatch.setattr("pipeline.data.dataset.alone", lambda directory: pytest.fail("no lock can be taken there"))
     assert opened(root).manifest.count("train") == 21
 
 
