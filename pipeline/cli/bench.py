@@ -16,7 +16,7 @@ def add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     p = add_verb(
         verbs, "stream", stream, "images per CPU second of decoding and of the whole stream, ours and the peers'",
         "pipeline bench stream shards/imagenet --repeats 7 --csv stream.csv\n"
-        "  peers that are not installed are left out: pip install pipeline[peers]",
+        "  peers that are not installed are left out: pip install -r requirements/peers.txt",
     )  # fmt: skip
     p.add_argument("root", help="directory of shards, ours or anybody's")
     p.add_argument("--images", type=count, default=500, metavar="N", help="a round (default: 500)")

@@ -4,7 +4,7 @@
     columns: image, a struct {bytes, path} or plain bytes; label, an integer; class names in the schema's metadata
 
 A sample is a row: FILE/ROW. Its bytes cannot be read in place, since a page of many rows is compressed as one; spool.py
-copies them out. pyarrow is an extra: `pip install pipeline[parquet]`.
+copies them out. pyarrow is an extra: `pip install pyarrow`.
 """
 
 from __future__ import annotations
@@ -257,5 +257,5 @@ def _pyarrow() -> Any:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise DataError("parquet files are read with pyarrow; install it: pip install pipeline[parquet]") from None
+        raise DataError("parquet files are read with pyarrow; install it: pip install pyarrow") from None
     return pyarrow

@@ -292,8 +292,8 @@ def _onnx() -> Any:
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
     if missing:
         raise ExportError(
-            f"not installed, and needed for --format onnx: {', '.join(missing)}; pip install 'pipeline[onnx]', or "
-            "choose safetensors or torch-export"
+            f"not installed, and needed for --format onnx: {', '.join(missing)}; pip install -r requirements/onnx.txt, "
+            "or choose safetensors or torch-export"
         )
     from pipeline.export import onnx_file
 

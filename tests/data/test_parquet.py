@@ -307,5 +307,5 @@ def test_without_pyarrow_one_line_says_what_to_install(hugging, tmp_path, monkey
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     assert cli.main(["shards", "write", str(hugging), str(tmp_path / "out")]) == 3
     assert capsys.readouterr().err == (
-        "pipeline: parquet files are read with pyarrow; install it: pip install pipeline[parquet]\n"
+        "pipeline: parquet files are read with pyarrow; install it: pip install pyarrow\n"
     )

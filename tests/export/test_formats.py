@@ -277,7 +277,7 @@ def test_what_is_asked_wrongly_is_one_line(shards, tmp_path, monkeypatch, capsys
     assert (place / "thesis.tex").exists()
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "onnxscript" else name)
     line = refused(capsys, 1, *here, "--format", "onnx")
-    assert "not installed, and needed for --format onnx: onnxscript; pip install 'pipeline[onnx]', or" in line
+    assert "not installed, and needed for --format onnx: onnxscript; pip install -r requirements/onnx.txt, or" in line
 
 
 def test_norms_of_single_activations_are_kept_where_asked_and_are_not_cadenes(shards, tmp_path, capsys):
