@@ -15,7 +15,8 @@ FLOORS = {
     "cli": 6,
     "benchmarks": 5, "doctor": 5,  # which asks of a run what `run` would make of it
     "dashboards": 5,  # what W&B shows of runs, by what a report says of them; needs no torch
-    "run": 4, "experiments": 4,
+    "run": 4,
+    "experiments": 5,  # they train runs and draw them with what a report is made of
     "report": 4,  # reads the files of a run as the callbacks and the launcher write them; needs no torch
     "callbacks": 3,
     "training": 2, "data": 2, "export": 2, "launch": 2,

@@ -1,0 +1,84 @@
+"""What an experiment left behind: its numbers, how and when they were measured, and what they say."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from pipeline.data.shards import write_atomically
+from pipeline.experiments.experiment import Experiment, Finding, Measured, Setting
+
+RESULT = "result.json"
+_FORMAT = 1
+_LIBRARIES = ("torch", "torchvision", "lightning", "numpy")
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """asked: what would make it another result. seconds: of measuring, without what an earlier call had done."""
+
+    experiment: Experiment
+    asked: Measured
+    command: str
+    date: str
+    seconds: float
+    machine: str
+    versions: dict[str, str]
+    measured: Measured
+    finding: Finding
+
+
+def asked(setting: Setting) -> Measured:
+    """What a result depends on, beside the code."""
+    return {"seeds": setting.seeds, "full": setting.full, "data": dict(sorted(setting.data.items())),
+            "device": setting.device}  # fmt: skip
+
+
+def obtain(experiment: Experiment, setting: Setting, directory: Path, command: str) -> Result:
+    """Measure, or read what was measured by the same request before. Raises as Experiment.measure does."""
+    known = read_result(experiment, directory)
+    if known is not None and known.asked == asked(setting):
+        return known
+    began = time.monotonic()
+    measured = experiment.measure(setting)
+    directory.mkdir(parents=True, exist_ok=True)
+    content = {
+        "format": _FORMAT, "experiment": experiment.name, "claim": experiment.claim, "source": experiment.source,
+        "asked": asked(setting), "command": command, "date": datetime.now(tz=UTC).date().isoformat(),
+        "seconds": round(time.monotonic() - began, 1), "machine": _machine(setting.device),
+        "versions": {name: version(name) for name in _LIBRARIES}, "measured": measured,
+    }  # fmt: skip
+    finding = experiment.tell(json.loads(json.dumps(measured)))
+    content |= {"holds": finding.holds, "said": finding.said}
+    write_atomically(directory / RESULT, json.dumps(content, indent=1).encode())
+    result = read_result(experiment, directory)
+    assert result is not None
+    return result
+
+
+def read_result(experiment: Experiment, directory: Path) -> Result | None:
+    """What lies there, told as this version tells it; None where nothing does, or it is of another version."""
+    path = directory / RESULT
+    if not path.is_file():
+        return None
+    content = json.loads(path.read_bytes())
+    if content.get("format") != _FORMAT or content.get("experiment") != experiment.name:
+        return None
+    measured = content["measured"]
+    return Result(experiment, content["asked"], content["command"], content["date"], content["seconds"],
+                  content["machine"], content["versions"], measured, experiment.tell(measured))  # fmt: skip
+
+
+def _machine(device: str) -> str:
+    cores = f"{len(os.sched_getaffinity(0))} cores, {platform.machine()}"
+    if device == "cuda":
+        return f"{torch.cuda.get_device_name()}, {cores}"
+    return cores

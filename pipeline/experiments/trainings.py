@@ -1,0 +1,151 @@
+"""Trainings that an experiment is made of: runs of the product, each in a process and a directory of its own.
+
+As many at once as there are cores, a thread each. One that is done is not done again, one that was interrupted goes
+on: so does the experiment.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.experiments.curve import Curve
+from pipeline.experiments.experiment import ExperimentError, Setting
+from pipeline.report.record import Run, read_run
+
+_INTERRUPTED = 75
+_NO_NUMBER = ("is no number", "are no numbers")  # what losses.py says
+_LOOK_SECONDS = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """A run that has come to its end, or to where its numbers were none any more."""
+
+    run: Run
+    curve: Curve
+
+
+@dataclass(slots=True)
+class _Job:
+    name: str
+    directory: Path
+    log: Path
+    command: list[str]
+    process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def is_done(self) -> bool:
+        has_begun = (self.directory / "config.yaml").is_file()
+        return (has_begun and read_run(self.directory).state == "done") or _diverged(self.log)
+
+
+def trained(wanted: Mapping[str, Sequence[str]], setting: Setting) -> dict[str, Trained]:
+    """Train, or read what was trained before. wanted: by name, key=value words as of `pipeline train`.
+
+    Raises KeyboardInterrupt where it was interrupted, after every run has saved; ExperimentError where one failed for
+    another reason than its loss.
+    """
+    setting.work.mkdir(parents=True, exist_ok=True)
+    jobs = [_job(name, words, setting) for name, words in wanted.items()]
+    waiting = [job for job in jobs if not job.is_done]
+    done, total, running = len(jobs) - len(waiting), len(jobs), list[_Job]()
+    at_once = 1 if setting.device == "cuda" else os.cpu_count() or 1
+    with _interrupts() as came:
+        while waiting or running:
+            while waiting and len(running) < at_once:
+                running.append(_begun(waiting.pop(0)))
+            setting.progress(done, total, ", ".join(job.name for job in running))
+            time.sleep(_LOOK_SECONDS)
+            if came:
+                _end(running, came[0])
+                raise KeyboardInterrupt
+            for job in [job for job in running if _has_ended(job)]:
+                running.remove(job)
+                done += 1
+                try:
+                    _check(job)
+                except ExperimentError:
+                    _end(running, signal.SIGINT)
+                    raise
+    setting.progress(total, total, "")
+    return {name: _read(job) for name, job in zip(wanted, jobs, strict=True)}
+
+
+def _read(job: _Job) -> Trained:
+    run = read_run(job.directory)
+    known = np.isfinite(run.val["top1"])
+    return Trained(run, Curve(run.val["step"][known], run.val["top1"][known], _diverged(job.log)))
+
+
+def _job(name: str, words: Sequence[str], setting: Setting) -> _Job:
+    """Of other words it is another run: what lies there from an experiment of another size is not taken for it."""
+    called = f"{name}-{hashlib.sha256(json.dumps(list(words)).encode()).hexdigest()[:8]}"
+    command = [sys.executable, "-m", "pipeline", "train", *words, f"run.dir={setting.work}", f"run.id={called}",
+               "tracking.mode=disabled", f"cluster.accelerator={setting.device}"]  # fmt: skip
+    if setting.device == "cpu":
+        command.append("trainer.threads=1")
+    return _Job(name, setting.work / called, setting.work / f"{called}.log", command)
+
+
+def _begun(job: _Job) -> _Job:
+    """A session of its own, so that Ctrl-C reaches it once, through us."""
+    with job.log.open("wb") as log:
+        job.process = subprocess.Popen(
+            job.command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+        )
+    return job
+
+
+def _has_ended(job: _Job) -> bool:
+    return job.process is not None and job.process.poll() is not None
+
+
+def _end(jobs: Sequence[_Job], number: int) -> None:
+    """Hand a signal on, and wait until every run has saved."""
+    for job in jobs:
+        assert job.process is not None
+        job.process.send_signal(number)
+    for job in jobs:
+        assert job.process is not None
+        job.process.wait()
+
+
+def _check(job: _Job) -> None:
+    """Raises KeyboardInterrupt for a run that somebody interrupted, ExperimentError for one that failed by itself."""
+    assert job.process is not None
+    code = job.process.returncode
+    if code == _INTERRUPTED:
+        raise KeyboardInterrupt
+    if code and not _diverged(job.log):
+        last = [line for line in job.log.read_text().splitlines() if line.strip()] or [f"code {code}"]
+        raise ExperimentError(f"{job.name}: {last[-1].removeprefix('pipeline: ')} (all it said: {job.log})")
+
+
+@contextmanager
+def _interrupts() -> Iterator[list[int]]:
+    """Signals that ask for an end, from now on: they are handed on, so that every run saves."""
+    came: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    previous = {number: signal.signal(number, lambda number, frame: came.append(number)) for number in numbers}
+    try:
+        yield came
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _diverged(log: Path) -> bool:
+    said = log.read_text() if log.is_file() else ""
+    return any(words in said for words in _NO_NUMBER)
