@@ -8,7 +8,7 @@ import select
 import sys
 from collections.abc import Callable, Sequence
 
-from pipeline.cli import average, bench, evaluate, export, launch, preflight, report, runs, shards, sync
+from pipeline.cli import average, bench, evaluate, export, launch, preflight, report, reproduce, runs, shards, sync
 from pipeline.cli.codes import FAILED, RESUMABLE, code_of, line_of
 
 
@@ -70,6 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     preflight.add_verbs(verbs)
     launch.add_verbs(verbs)
     report.add_verbs(verbs)
+    reproduce.add_verbs(verbs)
     export.add_verbs(verbs)
     sync.add_verbs(verbs)
     for room, purpose in ((shards, "pack images, index tars of others, check and look at them"),

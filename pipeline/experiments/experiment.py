@@ -16,10 +16,6 @@ Measured = dict[str, Any]
 """Numbers, text, lists, and objects of them, as JSON takes them: all that tables and pictures are made of."""
 
 
-class ExperimentError(Exception):
-    """An experiment that cannot be run as asked: the message names field, value, rule and way out."""
-
-
 @dataclass(frozen=True, slots=True)
 class Table:
     """rows: as they are shown, the first column a name."""
@@ -59,13 +55,19 @@ class Setting:
     device: str = "cpu"
     progress: Callable[[int, int, str], None] = field(default=lambda done, total, what: None)
 
+    @property
+    def shards(self) -> Path:
+        """Of all experiments: images are packed once."""
+        return self.work.parent / "shards"
+
 
 @dataclass(frozen=True, slots=True)
 class Experiment:
     """name: of its module. minutes: on two CPU cores, measured. seeds: by default. full: what --full makes of it.
 
     data: pages of conf/data/ that it can train on, the first of them the default for --data.
-    measure: raises ExperimentError, DataError, or KeyboardInterrupt with what is done kept in the setting's work.
+    measure: raises DataError for images, FailedRunError for a training that failed for another reason than its numbers,
+    and KeyboardInterrupt with what is done kept in the setting's work.
     tell: from what measure gave, after a way through JSON.
     """
 

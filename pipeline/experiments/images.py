@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.data.shards import MANIFEST, read_manifest
-from pipeline.experiments.experiment import ExperimentError, Setting
+from pipeline.data.shards import MANIFEST, DataError, read_manifest
+from pipeline.experiments.experiment import Setting
 
-_SHARDS = "shards"
 _DIGITS = (
     "Trained on scikit-learn's digits, 1,437 images of 8x8 pixels to train on and 360 to validate, which need no "
     "download; --data {0}=PLACE for the data set of the claim's size."
@@ -29,26 +28,26 @@ class TrainingImages:
 def images(setting: Setting, pages: Sequence[str], *, otherwise: str = "digits") -> TrainingImages:
     """Those of the first page that the setting has a place for, as conf/data/<page>.yaml treats them; or `otherwise`'s.
 
-    Packed on first use. Raises ExperimentError for a place that holds none.
+    Packed on first use. Raises DataError for a place that holds none.
     """
     from pipeline.data.writer import write_shards  # 1.5 s to import
 
     name = next((page for page in pages if page in setting.data), otherwise)
     place = setting.data.get(name, "")
     if place and not Path(place).exists():
-        raise ExperimentError(f"--data {name}={place} does not exist; give packed shards, class folders or a zip of "
+        raise DataError(f"--data {name}={place} does not exist; give packed shards, class folders or a zip of "
                               "them, or leave it out for scikit-learn's digits")  # fmt: skip
     if place and (Path(place) / MANIFEST).is_file():
         root = Path(place)
     else:
-        root = setting.work / _SHARDS / name
+        root = setting.shards / name
         if not (root / MANIFEST).is_file():
             setting.progress(0, 0, f"packing {place or name}")
             write_shards(place or otherwise, root, say=lambda text: None)
     manifest = read_manifest(root)
     for split in ("train", "val"):
         if not manifest.splits.get(split):
-            raise ExperimentError(f"--data {name}={place} has no split {split!r}; give images to train on and others "
+            raise DataError(f"--data {name}={place} has no split {split!r}; give images to train on and others "
                                   "to validate on, as train/ and test/")  # fmt: skip
     words = [f"data={name}", f"data.root={root.resolve()}", "data.source=''"]
     return TrainingImages(name, words, manifest.count("train"), [] if place else [_DIGITS.format(pages[0])])

@@ -21,10 +21,10 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.experiments.curve import Curve
-from pipeline.experiments.experiment import ExperimentError, Setting
+from pipeline.experiments.experiment import Setting
+from pipeline.launch.failure import AGAIN, NOT_AGAIN, FailedRunError
 from pipeline.report.record import Run, read_run
 
-_INTERRUPTED = 75
 _NO_NUMBER = ("is no number", "are no numbers")  # what losses.py says
 _LOOK_SECONDS = 0.2
 
@@ -54,7 +54,7 @@ class _Job:
 def trained(wanted: Mapping[str, Sequence[str]], setting: Setting) -> dict[str, Trained]:
     """Train, or read what was trained before. wanted: by name, key=value words as of `pipeline train`.
 
-    Raises KeyboardInterrupt where it was interrupted, after every run has saved; ExperimentError where one failed for
+    Raises KeyboardInterrupt where it was interrupted, after every run has saved; FailedRunError where one failed for
     another reason than its loss.
     """
     setting.work.mkdir(parents=True, exist_ok=True)
@@ -76,7 +76,7 @@ def trained(wanted: Mapping[str, Sequence[str]], setting: Setting) -> dict[str, 
                 done += 1
                 try:
                     _check(job)
-                except ExperimentError:
+                except FailedRunError:
                     _end(running, signal.SIGINT)
                     raise
     setting.progress(total, total, "")
@@ -123,14 +123,15 @@ def _end(jobs: Sequence[_Job], number: int) -> None:
 
 
 def _check(job: _Job) -> None:
-    """Raises KeyboardInterrupt for a run that somebody interrupted, ExperimentError for one that failed by itself."""
+    """Raises KeyboardInterrupt for a run that somebody interrupted, FailedRunError for one that failed by itself."""
     assert job.process is not None
     code = job.process.returncode
-    if code == _INTERRUPTED:
+    if code == AGAIN:
         raise KeyboardInterrupt
     if code and not _diverged(job.log):
         last = [line for line in job.log.read_text().splitlines() if line.strip()] or [f"code {code}"]
-        raise ExperimentError(f"{job.name}: {last[-1].removeprefix('pipeline: ')} (all it said: {job.log})")
+        message = f"{job.name}: {last[-1].removeprefix('pipeline: ')} (all it said: {job.log})"
+        raise FailedRunError(message, code=code if code > 0 else NOT_AGAIN)
 
 
 @contextmanager
