@@ -113,11 +113,11 @@ def _figures(means: dict[str, dict[int, Interval]], by_layer: dict[int, list[lis
     return [
         Chart("explosion-relu", "ReLU: what has come together", "layers passed on the way down", [*grown, theory],
               lambda value: f"10^{value:g}", low=0.0, legend=True, note="Growth of the squared gradient norm."),
-        Chart("explosion-linear", "Linear: growth a layer", "log2 of the images a batch",
+        Chart("explosion-linear", "Linear: growth a layer", "images a batch",
               [Line("measured", logs, np.array([m.mean for m in linear]), 0, np.array([m.low for m in linear]),
                     np.array([m.high for m in linear]), dots=True),
                Line("(B - 2) / (B - 3)", logs, np.array([linear_ratio(int(b)) for b in batches]), 7)],
-              lambda value: f"{value:g}", low=1.0, legend=True),
+              lambda value: f"{value:g}", low=1.0, legend=True, x_number=lambda power: f"{2**power:g}"),
     ]  # fmt: skip
 
 

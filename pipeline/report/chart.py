@@ -20,6 +20,14 @@ COLUMNS = 320  # of points beyond which a line is drawn as a mean and the range 
 Point = tuple[float, float]
 
 
+def compact(value: float) -> str:
+    """1200000 as 1.2M."""
+    for size, sign in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:g}{sign}"
+    return f"{value:g}"
+
+
 @dataclass(frozen=True, slots=True)
 class Line:
     """A curve. low, high: a range around y. dots: marks at the points."""
@@ -48,6 +56,7 @@ class Chart:
     rules: Sequence[tuple[float, str]] = ()
     note: str = ""
     legend: bool = False  # its lines are not runs, and are told apart by a legend of its own
+    x_number: Callable[[float], str] = compact
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +176,7 @@ def _curves(chart: Chart) -> Scene:
         at = place(x_low, y)[1]
         scene.marks.append(Stroke([(left, at), (right, at)], -1, width=0.8))
         scene.marks.append(Text((left - 6, at + TEXT * 0.35), chart.number(y), "end"))
-    _x_axis(scene, chart.x_label, x_low, x_high, left, right, bottom, compact)
+    _x_axis(scene, chart.x_label, x_low, x_high, left, right, bottom, chart.x_number)
     for y, label in chart.rules:
         if y_low <= y <= y_high:
             at = place(x_low, y)[1]
@@ -330,14 +339,6 @@ def _y_bounds(chart: Chart, lines: Sequence[Line]) -> tuple[float, float]:
     if chart.robust and lines:
         values = [np.quantile(part[np.isfinite(part)], [0.0, 0.98]) for part in values if np.isfinite(part).any()]
     return _bounds(values, chart.low, chart.high)
-
-
-def compact(value: float) -> str:
-    """1200000 as 1.2M."""
-    for size, sign in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= size:
-            return f"{value / size:g}{sign}"
-    return f"{value:g}"
 
 
 def percent(value: float) -> str:
