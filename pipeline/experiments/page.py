@@ -62,8 +62,9 @@ def summary(results: Sequence[Result]) -> str:
     parts += [f"{failed} do{'es' if failed == 1 else ''} not"] if failed else []
     parts += [f"{open_ones} {'is' if open_ones == 1 else 'are'} open"] if open_ones else []
     took = duration(math.fsum(result.seconds for result in results) / 3600)
+    claims = f"{len(results)} claims" if len(results) > 1 else "One claim"
     return (
-        f"{len(results)} claims about batch normalization, measured anew with the parts that train our networks: "
+        f"{claims} about batch normalization, measured anew with the parts that train our networks: "
         f"{', '.join(parts)}. All of it took {took}; intervals are of 95 %, over seeds where nothing else is said."
     )
 

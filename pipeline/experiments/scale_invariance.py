@@ -189,16 +189,17 @@ def _bounded(found: Sequence[Curve]) -> Interval:
 
 
 def _ladder(runs: dict[str, dict[float, list[Curve]]]) -> Chart:
-    lines = []
+    lines, ladder = [], sorted({rate for by_rate in runs.values() for rate in by_rate})
     for colour, (network, name) in enumerate(_NETWORKS.items()):
-        rates = sorted(runs[network])
+        rates = [rate for rate in ladder if rate in runs[network]]
         ends = [_bounded(runs[network][rate]) for rate in rates]
         low, high = (np.clip(np.nan_to_num(np.array(side), posinf=1, neginf=0), 0, 1)
                      for side in ([e.low for e in ends], [e.high for e in ends]))  # fmt: skip
-        lines.append(Line(name, np.log10(np.array(rates)), np.array([e.mean for e in ends]), 1 - colour, low, high,
-                          dots=True))  # fmt: skip
+        lines.append(Line(name, np.array([float(ladder.index(rate)) for rate in rates]),
+                          np.array([e.mean for e in ends]), 1 - colour, low, high, dots=True))  # fmt: skip
     return Chart("scale_invariance-rates", "Top-1 at the end", "learning rate", lines, percent, low=0.0, high=1.0,
-                 legend=True, x_number=_power)  # fmt: skip
+                 legend=True, x_number=lambda rung: f"{ladder[int(rung)]:g}" if rung in range(len(ladder)) else "",
+                 )  # fmt: skip
 
 
 def _sizes(measured: Measured) -> Chart:
@@ -216,7 +217,7 @@ def _sizes(measured: Measured) -> Chart:
 
 def _power(exponent: float) -> str:
     """10 to the exponent, as an axis writes it."""
-    return f"{10**exponent:.2g}" if abs(exponent) < 3 else f"1e{exponent:g}"
+    return f"{10**exponent:.3g}" if abs(exponent) < 3 else f"1e{exponent:g}"
 
 
 _DATA = ("mnist",)

@@ -1,7 +1,5 @@
 """BN((aW)u): the same output, the same gradient below, 1/a of it for the weights."""
 
-import math
-
 import pytest
 
 from pipeline.experiments.scale_invariance import LAWS, SCALES, deviations, gradient_size, tell
@@ -69,6 +67,7 @@ def test_the_table_says_what_diverged():
     assert [row[1] for row in rates.rows] == ["96.0 ± 0.0 %", "10.0 ± 0.0 %", "diverges"]
 
 
-def test_powers_on_its_axes_are_positions_of_scales():
-    figure = tell(made(mlp={0.1: 0.96, 0.5: 0.1}, bn_mlp=NORMED)).figures[0]
-    assert figure.x_number(math.log10(0.5)) == "0.5"
+def test_the_axes_say_rates_and_powers():
+    ladder, sizes = tell(made(mlp={0.1: 0.96, 0.5: 0.1}, bn_mlp=NORMED)).figures
+    assert [ladder.x_number(rung) for rung in (0, 0.5, 1, 2)] == ["0.1", "", "0.5", "2.5"]
+    assert [sizes.x_number(power) for power in (-4, -2, 0, 2)] == ["1e-4", "0.01", "1", "100"]
