@@ -138,7 +138,7 @@ def _check(job: _Job) -> None:
 def _interrupts() -> Iterator[list[int]]:
     """Signals that ask for an end, from now on: they are handed on, so that every run saves."""
     came: list[int] = []
-    numbers = (signal.SIGINT, signal.SIGTERM)
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     previous = {number: signal.signal(number, lambda number, frame: came.append(number)) for number in numbers}
     try:
         yield came
