@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pipeline.experiments import explosion, scale_invariance
+from pipeline.experiments import explosion, mnist, scale_invariance
 from pipeline.experiments.experiment import Experiment
 
-EXPERIMENTS: tuple[Experiment, ...] = (explosion.EXPERIMENT, scale_invariance.EXPERIMENT)
+EXPERIMENTS: tuple[Experiment, ...] = (mnist.EXPERIMENT, explosion.EXPERIMENT, scale_invariance.EXPERIMENT)

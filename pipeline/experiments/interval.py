@@ -43,3 +43,10 @@ def interval(values: Sequence[float]) -> Interval:
         return Interval(float(known[0]), math.inf, 1)
     half = float(t.ppf(0.975, n - 1) * known.std(ddof=1) / math.sqrt(n))
     return Interval(float(known.mean()), half, n)
+
+
+def verdict(differences: Sequence[Interval]) -> bool | None:
+    """Of a claim that each of them is positive: False where one is below zero, None where one may be."""
+    if any(each.high < 0 for each in differences):
+        return False
+    return True if all(each.low > 0 for each in differences) else None
