@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pipeline.experiments import explosion, mnist, scale_invariance
+from pipeline.experiments import explosion, gradients, mnist, scale_invariance
 from pipeline.experiments.experiment import Experiment
 
-EXPERIMENTS: tuple[Experiment, ...] = (mnist.EXPERIMENT, explosion.EXPERIMENT, scale_invariance.EXPERIMENT)
+EXPERIMENTS: tuple[Experiment, ...] = (
+    mnist.EXPERIMENT, gradients.EXPERIMENT, explosion.EXPERIMENT, scale_invariance.EXPERIMENT,
+)  # fmt: skip

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.data.shards import MANIFEST, DataError, read_manifest
+from pipeline.data.shards import MANIFEST, DataError, Manifest, read_manifest
 from pipeline.experiments.experiment import Setting
 
 _DIGITS = (
@@ -17,18 +17,27 @@ _DIGITS = (
 
 @dataclass(frozen=True, slots=True)
 class TrainingImages:
-    """words: the data of a training, as key=value. train: how many images there are. remarks: what to say of them."""
+    """words: the data of a training, as key=value. train, val: how many images. remarks: what to say of them.
+
+    root: of all shards.
+    """
 
     name: str
     words: Sequence[str]
     train: int
     remarks: Sequence[str]
+    val: int
+    classes: int
+    root: Path
 
 
-def images(setting: Setting, pages: Sequence[str], *, otherwise: str = "digits") -> TrainingImages:
+def images(
+    setting: Setting, pages: Sequence[str], *, otherwise: str = "digits", train: int = 0, val: int = 0
+) -> TrainingImages:
     """Those of the first page that the setting has a place for, as conf/data/<page>.yaml treats them; or `otherwise`'s.
 
-    Packed on first use. Raises DataError for a place that holds none.
+    train, val: how many are enough: as many whole shards are taken as hold them; 0 = all. Packed on first use.
+    Raises DataError for a place that holds none.
     """
     from pipeline.data.writer import write_shards  # 1.5 s to import
 
@@ -50,4 +59,26 @@ def images(setting: Setting, pages: Sequence[str], *, otherwise: str = "digits")
             raise DataError(f"--data {name}={place} has no split {split!r}; give images to train on and others "
                                   "to validate on, as train/ and test/")  # fmt: skip
     words = [f"data={name}", f"data.root={root.resolve()}", "data.source=''"]
-    return TrainingImages(name, words, manifest.count("train"), [] if place else [_DIGITS.format(pages[0])])
+    counts = {}
+    for split, enough in (("train", train), ("val", val)):
+        names, counts[split] = _shards(manifest, split, enough)
+        if counts[split] < manifest.count(split):
+            words.append(f'data.{split}="{{{",".join(names)}}}"' if len(names) > 1 else f'data.{split}="{names[0]}"')
+    remarks = [] if place else [_DIGITS.format(pages[0])]
+    for split, what in (("train", "to train on"), ("val", "to validate")):
+        if counts[split] < manifest.count(split):
+            remarks.append(f"A part of the images, so that a CPU takes minutes: {counts[split]:,} of "
+                           f"{manifest.count(split):,} {what}.")  # fmt: skip
+    return TrainingImages(name, words, counts["train"], remarks, counts["val"], len(manifest.classes),
+                          root)  # fmt: skip
+
+
+def _shards(manifest: Manifest, split: str, enough: int) -> tuple[list[str], int]:
+    """The first ones that hold enough images, and how many; all for 0."""
+    names, count = [], 0
+    for entry in manifest.splits[split]:
+        names.append(entry.shard)
+        count += entry.count
+        if enough and count >= enough:
+            break
+    return names, count

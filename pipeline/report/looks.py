@@ -20,7 +20,7 @@ COLOURS = 8  # of the palette
 PERCENTILES, GRADIENTS = 6, 12  # charts of each at most
 KEYS = (*(f"percentiles-{n + 1}" for n in range(PERCENTILES)), *(f"gradients-{n + 1}" for n in range(GRADIENTS)))
 UNITS = "all"  # in percentiles.csv, in place of a unit's number
-LOW, A_DECADE, BINS = -10, 4, 97  # of callbacks/gradients.py: the least power of ten, bins between two powers, all
+LOW, A_DECADE, BINS = -10, 4, 97  # of callbacks/histogram.py: the least power of ten, bins between two powers, all
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +54,16 @@ def read_gradients(directory: Path) -> dict[str, Histogram]:
             counts_B = np.array([float(count) for count in counts.split()])
             if len(counts_B) != BINS:  # a damaged line, or another version's
                 continue
-            middle, total = BINS // 2, max(counts_B.sum(), 1.0)
-            share_B = (counts_B[middle + 1 :] + counts_B[:middle][::-1]) / total
-            found[layer] = Histogram(int(step), float(deviation), float(kurtosis), share_B)
+            found[layer] = Histogram(int(step), float(deviation), float(kurtosis), by_magnitude(counts_B))
         except ValueError:
             continue
     return found
+
+
+def by_magnitude(counts_B: Values) -> Values:
+    """Shares of all values, both signs together, of counts in BINS bins; those nearest to zero are left out."""
+    middle = BINS // 2
+    return np.asarray((counts_B[middle + 1 :] + counts_B[:middle][::-1]) / max(counts_B.sum(), 1.0), dtype=np.float64)
 
 
 def looks(runs: Sequence[Run]) -> list[tuple[str, list[Chart]]]:

@@ -25,7 +25,8 @@ from pipeline.callbacks.alerts import Alerts
 from pipeline.callbacks.artifacts import artifacts
 from pipeline.callbacks.bad_samples import BadSamples
 from pipeline.callbacks.gradient_layout import GradientLayout
-from pipeline.callbacks.gradients import Gradients, weights
+from pipeline.callbacks.gradients import Gradients
+from pipeline.callbacks.histogram import weights
 from pipeline.callbacks.journal import Journal
 from pipeline.callbacks.ledger import Ledger
 from pipeline.callbacks.losses import Losses

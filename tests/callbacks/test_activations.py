@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.callbacks.gradients import EDGES_E
+from pipeline.callbacks.histogram import EDGES_E
 from pipeline.callbacks.segments import segments
 from pipeline.callbacks.wandb_reporter import _logged
 from pipeline.cli.settling import settled

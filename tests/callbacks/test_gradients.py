@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.callbacks.gradients import EDGES_E, VALUES, histogram
+from pipeline.callbacks.histogram import EDGES_E, VALUES, histogram
 
 
 def normal(*shape: int) -> torch.Tensor:

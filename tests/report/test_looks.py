@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pipeline.callbacks import gradients
+from pipeline.callbacks import gradients, histogram
 from pipeline.report import looks
 from pipeline.report.looks import read_gradients, read_percentiles
 from pipeline.report.making import make_report
@@ -14,7 +14,7 @@ from tests.report.runs import simple
 def counts(*powers: float) -> str:
     """One value of each magnitude, with alternating signs."""
     signed = [10.0**power * (-1) ** i for i, power in enumerate(powers)]
-    return " ".join(map(str, np.histogram(signed, gradients.EDGES_E)[0]))
+    return " ".join(map(str, np.histogram(signed, histogram.EDGES_E)[0]))
 
 
 @pytest.fixture
@@ -37,9 +37,9 @@ def runs(tmp_path):
 
 
 def test_bins_are_those_that_were_written():
-    assert looks.LOW == gradients.LOW
-    assert looks.A_DECADE == gradients.A_DECADE
-    assert len(gradients.EDGES_E) - 1 == looks.BINS
+    assert looks.LOW == histogram.LOW
+    assert looks.A_DECADE == histogram.A_DECADE
+    assert len(histogram.EDGES_E) - 1 == looks.BINS
 
 
 def test_percentiles_are_read_by_layer_and_unit(runs):
