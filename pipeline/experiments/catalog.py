@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from pipeline.experiments import explosion, gradients, mnist, scale_invariance
+from pipeline.experiments import explosion, gradients, mnist, scale_invariance, steps
 from pipeline.experiments.experiment import Experiment
 
 EXPERIMENTS: tuple[Experiment, ...] = (
-    mnist.EXPERIMENT, gradients.EXPERIMENT, explosion.EXPERIMENT, scale_invariance.EXPERIMENT,
+    mnist.EXPERIMENT, steps.EXPERIMENT, gradients.EXPERIMENT, explosion.EXPERIMENT, scale_invariance.EXPERIMENT,
 )  # fmt: skip
