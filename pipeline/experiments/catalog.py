@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from pipeline.experiments import explosion, gradients, mnist, scale_invariance, steps
+from pipeline.experiments import explosion, gradients, mnist, scale_invariance, small_batch, steps
 from pipeline.experiments.experiment import Experiment
 
 EXPERIMENTS: tuple[Experiment, ...] = (
-    mnist.EXPERIMENT, steps.EXPERIMENT, gradients.EXPERIMENT, explosion.EXPERIMENT, scale_invariance.EXPERIMENT,
+    mnist.EXPERIMENT, steps.EXPERIMENT, small_batch.EXPERIMENT, gradients.EXPERIMENT, explosion.EXPERIMENT,
+    scale_invariance.EXPERIMENT,
 )  # fmt: skip
