@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -84,7 +85,7 @@ def test_trainings_that_diverge_count_as_nothing_and_are_named():
 
 
 def test_trainings_differ_in_the_images_that_share_statistics_alone():
-    shown = TrainingImages("digits", ["data=digits"], 1437, [], 360, 10)
+    shown = TrainingImages("digits", ["data=digits"], 1437, [], 360, 10, Path("shards"))
     of = {images: small_batch.words(shown, images, 0, full=False) for images in small_batch.ON_A_RANK}
     differing = {word for words in of.values() for word in words} - set.intersection(*map(set, of.values()))
     assert differing == {f"data.micro_batch_size={images}" for images in (0, 16, 8, 4, 2)}

@@ -1,5 +1,6 @@
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -132,7 +133,7 @@ def test_chance_is_above_what_guesses_reach():
 
 
 def test_rates_are_in_the_papers_ratio_and_words_differ_in_what_is_compared():
-    shown = TrainingImages("cifar10", ["data=cifar10"], 2000, [], 1000, 10)
+    shown = TrainingImages("cifar10", ["data=cifar10"], 2000, [], 1000, 10, Path("shards"))
     of = {network.name: dict(word.split("=", 1) for word in steps.words(network, shown, 0, full=False))
           for network in steps.NETWORKS}  # fmt: skip
     slow = float(of["inception"]["optimizer.rate"])
