@@ -1,4 +1,4 @@
-"""Trainings that an experiment is made of: runs of the product, each in a process and a directory of its own.
+"""Trainings and evaluations of an experiment: runs of the product, each in a process and a directory of its own.
 
 As many at once as there are cores, a thread each. One that is done is not done again, one that was interrupted goes
 on: so does the experiment.
@@ -21,12 +21,13 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.experiments.curve import Curve
-from pipeline.experiments.experiment import Setting
+from pipeline.experiments.experiment import Measured, Setting
 from pipeline.launch.failure import AGAIN, NOT_AGAIN, FailedRunError
 from pipeline.report.record import Run, read_run
 
 _NO_NUMBER = ("is no number", "are no numbers")  # what losses.py says
 _LOOK_SECONDS = 0.2
+_ENSEMBLE = "ensemble.json"  # of run/ensembles.py, which takes seconds to load
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,14 +52,38 @@ class _Job:
         return (has_begun and read_run(self.directory).state == "done") or _diverged(self.log)
 
 
+@dataclass(slots=True)
+class _Evaluation(_Job):
+    @property
+    def is_done(self) -> bool:
+        return (self.directory / _ENSEMBLE).is_file()
+
+
 def trained(wanted: Mapping[str, Sequence[str]], setting: Setting) -> dict[str, Trained]:
     """Train, or read what was trained before. wanted: by name, key=value words as of `pipeline train`.
 
     Raises KeyboardInterrupt where it was interrupted, after every run has saved; FailedRunError where one failed for
     another reason than its loss.
     """
-    setting.work.mkdir(parents=True, exist_ok=True)
     jobs = [_job(name, words, setting) for name, words in wanted.items()]
+    _do(jobs, setting)
+    return {name: _read(job) for name, job in zip(wanted, jobs, strict=True)}
+
+
+def evaluated(wanted: Mapping[str, tuple[Sequence[Path], int]], setting: Setting) -> dict[str, Measured]:
+    """Score runs alone and as an ensemble, or read what was scored before: what `pipeline evaluate` keeps of it.
+
+    wanted: by name, directories of runs, and views of each image. Raises as `trained` does.
+    """
+    jobs = [_evaluation(name, runs, views, setting) for name, (runs, views) in wanted.items()]
+    _do(jobs, setting)
+    return {name: json.loads((job.directory / _ENSEMBLE).read_bytes())
+            for name, job in zip(wanted, jobs, strict=True)}  # fmt: skip
+
+
+def _do(jobs: Sequence[_Job], setting: Setting) -> None:
+    """All that are not done yet."""
+    setting.work.mkdir(parents=True, exist_ok=True)
     waiting = [job for job in jobs if not job.is_done]
     done, total, running = len(jobs) - len(waiting), len(jobs), list[_Job]()
     at_once = 1 if setting.device == "cuda" else os.cpu_count() or 1
@@ -80,7 +105,6 @@ def trained(wanted: Mapping[str, Sequence[str]], setting: Setting) -> dict[str, 
                     _end(running, signal.SIGINT)
                     raise
     setting.progress(total, total, "")
-    return {name: _read(job) for name, job in zip(wanted, jobs, strict=True)}
 
 
 def _read(job: _Job) -> Trained:
@@ -97,6 +121,15 @@ def _job(name: str, words: Sequence[str], setting: Setting) -> _Job:
     if setting.device == "cpu":
         command.append("trainer.threads=1")
     return _Job(name, setting.work / called, setting.work / f"{called}.log", command)
+
+
+def _evaluation(name: str, runs: Sequence[Path], views: int, setting: Setting) -> _Evaluation:
+    places = [str(run) for run in runs]
+    called = f"{name}-{hashlib.sha256(json.dumps([*places, views]).encode()).hexdigest()[:8]}"
+    directory = setting.work / called
+    command = [sys.executable, "-m", "pipeline", "evaluate", *places, "--views", str(views), "--no-page",
+               "--output", str(directory)]  # fmt: skip
+    return _Evaluation(name, directory, setting.work / f"{called}.log", command)
 
 
 def _begun(job: _Job) -> _Job:
