@@ -117,7 +117,7 @@ def _figures(means: dict[str, dict[int, Interval]], by_layer: dict[int, list[lis
               [Line("measured", logs, np.array([m.mean for m in linear]), 0, np.array([m.low for m in linear]),
                     np.array([m.high for m in linear]), dots=True),
                Line("(B - 2) / (B - 3)", logs, np.array([linear_ratio(int(b)) for b in batches]), 7)],
-              lambda value: f"{value:g}", low=1.0, legend=True, x_number=lambda power: f"{2**power:g}"),
+              lambda value: f"{value:g}", low=1.0, legend=True, x_number=lambda exponent: f"{2**exponent:g}"),
     ]  # fmt: skip
 
 

@@ -148,15 +148,19 @@ def _figures(last: Mapping[int, Sequence[float]]) -> list[Chart]:
     whole = [interval(last[BATCH])] * len(ordered)
     lost = [_lost(last, own) for own in ordered]
     published = np.array([(_PUBLISHED[own] - _PUBLISHED[BATCH]) / 100 for own in ordered])
-    x = "log2 of the images on a rank"
+    x = "images on a rank"
     return [
         Chart("small_batch-accuracy", "Accuracy by the images on a rank", x,
               [line("synchronized", whole, 2), line(f"groups of {GROUP}", grouped, 4), line("local", local, 1)],
-              percent, legend=True, note="Mean over seeds with its 95 % interval."),
+              percent, legend=True, x_number=_power_of_two, note="Mean over seeds with its 95 % interval."),
         Chart("small_batch-lost", "What local statistics lose", x,
               [line("here", lost, 1), Line("published, ResNet-50 on ImageNet", logs, published, 7, dots=True)],
-              percent, legend=True, note="Points of top-1, against 32 images on a rank."),
+              percent, legend=True, x_number=_power_of_two, note="Points of top-1, against 32 images on a rank."),
     ]  # fmt: skip
+
+
+def _power_of_two(exponent: float) -> str:
+    return f"{2**exponent:g}" if exponent == int(exponent) else ""
 
 
 EXPERIMENT = Experiment(
