@@ -62,7 +62,8 @@ def measure(setting: Setting) -> Measured:
     ]  # fmt: skip
     wanted = {
         f"{repetition}-member-{member}": [
-            f"recipe=bn_x30_member_{member}", *of.words, f"seed={_FIRST_SEED + len(MEMBERS) * repetition + member}", *short,
+            f"recipe=bn_x30_member_{member}", *of.words, *short,
+            f"seed={_FIRST_SEED + len(MEMBERS) * repetition + member}",
         ]
         for repetition in range(setting.seeds) for member in members
     }  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,8 +52,9 @@ def images(
     else:
         root = setting.shards / name
         if not (root / MANIFEST).is_file():
-            setting.progress(0, 0, f"packing {place or name}")
-            write_shards(place or otherwise, root, say=lambda text: None)
+            what = f"packing {place or name}"
+            write_shards(place or otherwise, root, workers=os.cpu_count() or 1, say=lambda text: None,
+                         progress=lambda done, total: setting.progress(done, total, what))  # fmt: skip
     manifest = read_manifest(root)
     for split in ("train", "val"):
         if not manifest.splits.get(split):

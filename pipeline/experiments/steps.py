@@ -12,8 +12,8 @@ baseline at five times its rate, and the baseline with sigmoids. What makes it s
 the channels, 12 pixels a side, crops of 60 % of an image or more, no photometric distortion, 2,000 images.
 Rates: the ratios are the paper's, 1 : 5 : 30. The baseline's is its best: of 0.0025, 0.005, 0.01, 0.02 and 0.04 it came
 to 35.1, 38.0, 36.7, 33.4 and 33.2 % in twelve epochs of CIFAR-10, with a seed (100) that is not among those reported.
-From 0.01, which is within a standard error (1.5 %) of the best, BN-x5 did not come to the baseline's best in five epochs
-(seed 0: 33.5 % against 34.9): 0.05 is too high for so few steps of 32 images. Digits take the same rates.
+From 0.01, which is within a standard error (1.5 %) of the best, BN-x5 did not come to the baseline's best in five
+epochs (seed 0: 33.5 % against 34.9): 0.05 is too high for so few steps of 32 images. Digits take the same rates.
 Decay: the paper's ratio, six times as fast for BN-x* as for the other two; the baseline's rate halves in its ten epochs
 (in the paper's 774 it falls to 2 %; at that pace BN-x* would be at a fiftieth of its rate in two epochs).
 BN-Baseline trains for 0.7 of the baseline's steps, BN-x* for 0.6, what is to fail for half: what is not reached by then

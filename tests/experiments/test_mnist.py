@@ -79,6 +79,7 @@ def test_runs_that_ended_before_there_was_anything_to_see_are_told():
     assert len(found.tables) == 1
 
 
+@pytest.mark.slow
 def test_it_is_measured_by_trainings_of_the_product(tmp_path, monkeypatch):
     monkeypatch.setattr("pipeline.experiments.mnist._STEPS", 46)
     monkeypatch.setattr("pipeline.experiments.mnist._EPOCHS", 2)

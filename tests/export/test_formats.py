@@ -187,6 +187,7 @@ def test_sides_that_do_not_halve_evenly_are_not_cadenes_and_that_is_said_before_
     assert not (config.directory / "export").exists()
 
 
+@pytest.mark.slow
 def test_speed_is_measured_beside_eager_and_compiled_pytorch_and_stands_in_the_card(
     shards, tmp_path, monkeypatch, capsys
 ):

@@ -19,6 +19,7 @@ def frozen(shards: Path, tmp_path: Path) -> Path:
     return config(shards, tmp_path, "frozen", 1, "trainer.checkpoint_every_steps=2").directory
 
 
+@pytest.mark.slow
 def test_five_kills_leave_the_same_runs(frozen, tmp_path):
     report = chaos(frozen, tmp_path / "work", worlds=[1, 2], kills=5, seed=3, variants=[(), ("norm.group_size=1",)])
     assert report.differences == []

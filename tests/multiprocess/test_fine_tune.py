@@ -66,6 +66,7 @@ def accuracy(made: Config) -> float:
     return [row.top1 for row in read_journal(made.directory / "metrics.csv") if row.split == "val"][-1]
 
 
+@pytest.mark.slow
 def test_fine_tuning_is_ahead_of_a_beginning_from_nothing_after_a_few_steps(tmp_path):
     first = trained(tmp_path, "first", 90, "data.num_classes=12", "seed=3")
     start = f"model.init={first.directory}/checkpoints/step-00000090.ckpt"
