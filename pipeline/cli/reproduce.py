@@ -121,7 +121,7 @@ def _one(experiment: Experiment, setting: Setting, options: argparse.Namespace, 
     from dataclasses import replace
 
     from pipeline.experiments.page import PAGE, VERDICTS, write_page, write_pictures
-    from pipeline.experiments.result import RESULT, obtain
+    from pipeline.experiments.result import RESULT, kept, measured
 
     directory = options.output / experiment.name
     if options.again:
@@ -129,8 +129,12 @@ def _one(experiment: Experiment, setting: Setting, options: argparse.Namespace, 
         (directory / RESULT).unlink(missing_ok=True)
     minutes = f"about {experiment.minutes:g} min on two cores"
     console.print(f"[bold]{place}{experiment.title}[/bold] [dim]{minutes}[/dim]", soft_wrap=True)
-    with _Bar(console) as progress:
-        result = obtain(experiment, replace(setting, progress=progress), directory, _command(experiment, options))
+    result = kept(experiment, setting, directory)
+    if result is not None:
+        console.print(f"measured on {result.date}, and kept; --again measures anew", style="dim", soft_wrap=True)
+    else:
+        with _Bar(console) as progress:
+            result = measured(experiment, replace(setting, progress=progress), directory, _command(experiment, options))
     write_pictures(result, directory)
     write_page([result], directory / PAGE, result.command)
     _show(result, console)

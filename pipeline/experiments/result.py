@@ -42,21 +42,24 @@ def asked(setting: Setting) -> Measured:
             "device": setting.device}  # fmt: skip
 
 
-def obtain(experiment: Experiment, setting: Setting, directory: Path, command: str) -> Result:
-    """Measure, or read what was measured by the same request before. Raises as Experiment.measure does."""
+def kept(experiment: Experiment, setting: Setting, directory: Path) -> Result | None:
+    """What was measured by the same request before."""
     known = read_result(experiment, directory)
-    if known is not None and known.asked == asked(setting):
-        return known
+    return known if known is not None and known.asked == asked(setting) else None
+
+
+def measured(experiment: Experiment, setting: Setting, directory: Path, command: str) -> Result:
+    """Measure, and keep the result in the directory. Raises as Experiment.measure does."""
     began = time.monotonic()
-    measured = experiment.measure(setting)
+    found = experiment.measure(setting)
     directory.mkdir(parents=True, exist_ok=True)
     content = {
         "format": _FORMAT, "experiment": experiment.name, "claim": experiment.claim, "source": experiment.source,
         "asked": asked(setting), "command": command, "date": datetime.now(tz=UTC).date().isoformat(),
         "seconds": round(time.monotonic() - began, 1), "machine": _machine(setting.device),
-        "versions": {name: version(name) for name in _LIBRARIES}, "measured": measured,
+        "versions": {name: version(name) for name in _LIBRARIES}, "measured": found,
     }  # fmt: skip
-    finding = experiment.tell(json.loads(json.dumps(measured)))
+    finding = experiment.tell(json.loads(json.dumps(found)))
     content |= {"holds": finding.holds, "said": finding.said}
     write_atomically(directory / RESULT, json.dumps(content, indent=1).encode())
     result = read_result(experiment, directory)
@@ -69,12 +72,20 @@ def read_result(experiment: Experiment, directory: Path) -> Result | None:
     path = directory / RESULT
     if not path.is_file():
         return None
-    content = json.loads(path.read_bytes())
-    if content.get("format") != _FORMAT or content.get("experiment") != experiment.name:
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError:  # cut off, or somebody's own
         return None
-    measured = content["measured"]
-    return Result(experiment, content["asked"], content["command"], content["date"], content["seconds"],
-                  content["machine"], content["versions"], measured, experiment.tell(measured))  # fmt: skip
+    if (
+        not isinstance(content, dict)
+        or content.get("format") != _FORMAT
+        or content.get("experiment") != experiment.name
+    ):
+        return None
+    return Result(
+        experiment, content["asked"], content["command"], content["date"], content["seconds"], content["machine"],
+        content["versions"], content["measured"], experiment.tell(content["measured"]),
+    )  # fmt: skip
 
 
 def _machine(device: str) -> str:

@@ -25,6 +25,7 @@ def test_all_leaves_a_page_of_each_and_one_of_all_and_goes_on(tmp_path, monkeypa
     assert "holds here" in said
     assert reproduce("first", "--output", output) == 0
     assert len(calls) == 1
+    assert "and kept; --again measures anew" in capsys.readouterr().out
     assert "Things are second" in (output / "index.html").read_text()
     assert reproduce("first", "--output", output, "--again") == 0
     assert reproduce("first", "--output", output, "--seeds", 5) == 0

@@ -9,17 +9,17 @@ import pytest
 from pipeline.experiments.experiment import Experiment, Finding, Setting, Table
 from pipeline.experiments.markdown import markdown, write_markdown
 from pipeline.experiments.page import page, write_pictures
-from pipeline.experiments.result import RESULT, obtain, read_result
+from pipeline.experiments.result import RESULT, kept, measured, read_result
 from pipeline.report.chart import Chart, Line, compact
 
 EVIL = '<b>5 | 6 & "7"</b>'
 
 
-def tell(measured):
-    line = Line("measured", np.arange(3.0), np.array(measured["values"]), 0)
+def tell(found):
+    line = Line("measured", np.arange(3.0), np.array(found["values"]), 0)
     return Finding(
-        measured["holds"], f"The values are {measured['values']}, {EVIL}.",
-        [Table("Values", ["which", "value"], [[EVIL, str(v)] for v in measured["values"]], "Of no unit.")],
+        found["holds"], f"The values are {found['values']}, {EVIL}.",
+        [Table("Values", ["which", "value"], [[EVIL, str(v)] for v in found["values"]], "Of no unit.")],
         [Chart("made-values", "Values", "place", [line], compact)], ["Made up."],
     )  # fmt: skip
 
@@ -35,20 +35,21 @@ def made(holds=True, name="made"):
                       tell), calls  # fmt: skip
 
 
-def test_what_is_asked_again_is_read_and_what_is_asked_anew_is_measured(tmp_path):
+def test_what_is_asked_again_is_kept_and_what_is_asked_anew_is_not(tmp_path):
     experiment, calls = made()
-    first = obtain(experiment, Setting(2, tmp_path / "work"), tmp_path / "made", "command")
-    again = obtain(experiment, Setting(2, tmp_path / "work"), tmp_path / "made", "command")
+    first = measured(experiment, Setting(2, tmp_path / "work"), tmp_path / "made", "command")
+    again = kept(experiment, Setting(2, tmp_path / "work"), tmp_path / "made")
     assert len(calls) == 1
+    assert again is not None
     assert again.measured == first.measured
-    obtain(experiment, Setting(3, tmp_path / "work"), tmp_path / "made", "command")
-    obtain(experiment, Setting(3, tmp_path / "work", data={"mnist": "here"}), tmp_path / "made", "command")
-    assert len(calls) == 3
+    for other in (Setting(3, tmp_path / "work"), Setting(2, tmp_path / "work", data={"mnist": "here"}),
+                  Setting(2, tmp_path / "work", full=True)):  # fmt: skip
+        assert kept(experiment, other, tmp_path / "made") is None
 
 
 def test_a_result_holds_all_that_was_measured_and_how(tmp_path):
     experiment, _ = made()
-    obtain(experiment, Setting(2, tmp_path / "work"), tmp_path / "made", "pipeline reproduce made")
+    measured(experiment, Setting(2, tmp_path / "work"), tmp_path / "made", "pipeline reproduce made")
     content = json.loads((tmp_path / "made" / RESULT).read_text())
     assert content["measured"] == {"values": [2.0, 2.0, 3.0], "holds": True}
     assert content["command"] == "pipeline reproduce made"
@@ -57,7 +58,9 @@ def test_a_result_holds_all_that_was_measured_and_how(tmp_path):
     assert content["holds"] is True
 
 
-@pytest.mark.parametrize("content", ['{"format": 99}', '{"format": 1, "experiment": "another"}', "{}"])
+@pytest.mark.parametrize(
+    "content", ['{"format": 99}', '{"format": 1, "experiment": "another"}', "{}", '{"format": 1,', "[]"]
+)
 def test_a_result_of_another_kind_is_none(tmp_path, content):
     experiment, _ = made()
     (tmp_path / RESULT).write_text(content)
@@ -68,7 +71,7 @@ def results(tmp_path):
     found = []
     for name, holds in (("first", True), ("second", False), ("third", None)):
         experiment, _ = made(holds, name)
-        found.append(obtain(experiment, Setting(1, tmp_path / "work" / name), tmp_path / name, f"reproduce {name}"))
+        found.append(measured(experiment, Setting(1, tmp_path / "work" / name), tmp_path / name, f"reproduce {name}"))
     return found
 
 
@@ -91,7 +94,7 @@ def test_a_page_of_one_has_its_table_its_picture_and_its_remark(tmp_path):
 
 def test_pictures_of_an_earlier_result_go(tmp_path):
     experiment, _ = made()
-    result = obtain(experiment, Setting(1, tmp_path / "work"), tmp_path / "made", "c")
+    result = measured(experiment, Setting(1, tmp_path / "work"), tmp_path / "made", "c")
     (tmp_path / "made" / "made-old.png").write_bytes(b"")
     assert [path.name for path in write_pictures(result, tmp_path / "made")] == ["made-values.png"]
     assert [path.name for path in (tmp_path / "made").glob("*.png")] == ["made-values.png"]
