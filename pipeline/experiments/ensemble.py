@@ -1,7 +1,7 @@
 """Figure 4: an ensemble of networks has a lower error than its members, and so have several views of an image.
 
     pipeline reproduce ensemble                          # scikit-learn's digits, 6 repetitions, 7 minutes on two cores
-    pipeline reproduce ensemble --data shards/cifar10    # part of CIFAR-10, 9 minutes
+    pipeline reproduce ensemble --data shards/cifar10    # part of CIFAR-10, 8 minutes
 
 Claim: averaged class probabilities of six networks based on BN-x30, over 144 views of an image each, lower the top-1
 error on ImageNet from 25.2 % (one network, one view) over 21.99 % (one network) to 20.1 % (Ioffe & Szegedy 2015,
@@ -201,7 +201,7 @@ EXPERIMENT = Experiment(
     claim="The averaged class probabilities of several batch-normalized networks, over several views of an image, have "
     "a lower error than any of the networks: 20.1 % top-1 on ImageNet instead of 25.2 %.",
     source="Ioffe & Szegedy 2015, section 4.2.3, figure 4",
-    minutes=7.0,
+    minutes=8.0,
     seeds=6,
     full="the recipes' own size and length, six members, 144 views",
     measure=measure,

@@ -1,7 +1,7 @@
 """Gradients layer by layer, with and without batch normalization, at initialization and in training.
 
-    pipeline reproduce gradients                            # scikit-learn's digits, 5 minutes on two CPU cores
-    pipeline reproduce gradients --data shards/cifar10      # photographs, 5 minutes
+    pipeline reproduce gradients                            # scikit-learn's digits, 3 minutes on two CPU cores
+    pipeline reproduce gradients --data shards/cifar10      # photographs, 3 minutes
 
 Claim: batch normalization makes gradients depend less on the scale of the weights and of their initial values, and
 keeps saturating nonlinearities trainable (Ioffe & Szegedy 2015, sections 1 and 3.3): without it a layer's gradient
@@ -359,7 +359,7 @@ EXPERIMENT = Experiment(
     claim="Without batch normalization a layer's gradient changes by orders of magnitude with the scale of initial "
     "weights, and with sigmoids also with depth; with it, it does far less.",
     source="Ioffe & Szegedy 2015, sections 1 and 3.3",
-    minutes=5.0,
+    minutes=3.0,
     seeds=20,
     full="the whole width, images of 32 pixels, 2,000 steps",
     measure=measure,

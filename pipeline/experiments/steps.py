@@ -1,6 +1,6 @@
 """Batch-normalized networks reach the accuracy of the same network without it in a fraction of the steps.
 
-    pipeline reproduce steps --data shards/cifar10       # 3 seeds of 7 networks, 9 minutes on two CPU cores
+    pipeline reproduce steps --data shards/cifar10       # 3 seeds of 7 networks, 8 minutes on two CPU cores
     pipeline reproduce steps                             # the same on scikit-learn's digits, 7 minutes
 
 Claim: of BN-Inception on ImageNet, BN-x5 reaches the baseline's best accuracy in 14.8 times fewer steps (31.0 and
@@ -274,7 +274,7 @@ EXPERIMENT = Experiment(
     "times fewer), and with sigmoids only the normalized network trains. Told beside it: whether five times its rate "
     "breaks the network without norms.",
     source="Ioffe & Szegedy 2015 (arXiv 1502.03167), section 4.2, figures 2 and 3",
-    minutes=9.0,
+    minutes=8.0,
     seeds=3,
     full="ImageNet by the recipes as they are, weeks of a GPU; or all of CIFAR-10 at 32 pixels and full width, "
     "200 epochs of the baseline",
