@@ -46,6 +46,7 @@ def reproduce(options: argparse.Namespace) -> int:
 
     from pipeline.config import ConfigError
     from pipeline.experiments.catalog import EXPERIMENTS
+    from pipeline.launch.lock import locked
 
     console = Console(highlight=False)
     if options.list:
@@ -55,12 +56,20 @@ def reproduce(options: argparse.Namespace) -> int:
     if not options.names:
         raise ConfigError(f"no experiment is named; choose from {names}, or all")
     chosen = _chosen(options.names, EXPERIMENTS)
+    _refuse_strangers(options.data, chosen)
     settings = [_setting(each, options) for each in chosen]
     if options.output.exists() and not options.output.is_dir():
         raise ConfigError(f"--output {options.output} is a file; give a directory")
-    for place, (experiment, setting) in enumerate(zip(chosen, settings, strict=True), 1):
-        _one(experiment, setting, options, console, f"{place} of {len(chosen)}: " if len(chosen) > 1 else "")
-    _together(EXPERIMENTS, options, console)
+    if options.markdown and not options.markdown.suffix:
+        raise ConfigError(f"--markdown {options.markdown} has no suffix; give FILE.md: FILE/ is for its pictures")
+    work = options.output / _WORK
+    work.mkdir(parents=True, exist_ok=True)
+    with locked(work):
+        try:
+            for place, (experiment, setting) in enumerate(zip(chosen, settings, strict=True), 1):
+                _one(experiment, setting, options, console, f"{place} of {len(chosen)}: " if len(chosen) > 1 else "")
+        finally:
+            _together(EXPERIMENTS, options, console)
     return DONE
 
 
@@ -75,8 +84,25 @@ def _chosen(names: list[str], experiments: tuple[Experiment, ...]) -> list[Exper
     return list(experiments) if _ALL in names else [known[name] for name in dict.fromkeys(names)]
 
 
+def _refuse_strangers(words: list[str], chosen: list[Experiment]) -> None:
+    """Raises ConfigError for data that none of the experiments trains on, or that does not say for which it is."""
+    from pipeline.config import ConfigError
+
+    pages = sorted({page for each in chosen for page in each.data})
+    takes = f"takes {' or '.join(pages)}" if pages else "trains on no images"
+    who = chosen[0].name if len(chosen) == 1 else "none of these experiments has such a page: they"
+    takes = takes if len(chosen) == 1 else takes.replace("takes", "take").replace("trains", "train")
+    for word in words:
+        page, equals, _ = word.partition("=")
+        if not equals and len(chosen) > 1:
+            raise ConfigError("--data PLACE does not say which of several experiments it is for; give PAGE=PLACE, as "
+                              "cifar10=shards/cifar10")  # fmt: skip
+        if not pages or (equals and page not in pages):
+            raise ConfigError(f"--data {word}: {who} {takes}; leave it out, or give another")
+
+
 def _setting(experiment: Experiment, options: argparse.Namespace) -> Setting:
-    """Raises ConfigError for data that the experiment does not train on, where it alone is asked for."""
+    """Raises ConfigError for a place that is none, and for a device that is not there."""
     import torch
 
     from pipeline.config import ConfigError
@@ -91,12 +117,6 @@ def _setting(experiment: Experiment, options: argparse.Namespace) -> Setting:
             raise ConfigError(f"--data {word} names no place; give PLACE or PAGE=PLACE")
         if page in experiment.data:
             data[page] = place
-        elif len(options.names) == 1 and _ALL not in options.names:
-            takes = f"takes {' or '.join(experiment.data)}" if experiment.data else "trains on no images"
-            raise ConfigError(f"--data {word}: {experiment.name} {takes}; leave it out, or give another")
-    if any("=" not in word for word in options.data) and (_ALL in options.names or len(options.names) > 1):
-        raise ConfigError("--data PLACE does not say which of several experiments it is for; give PAGE=PLACE, as "
-                          "cifar10=shards/cifar10")  # fmt: skip
     device = options.device or ("cuda" if options.full and torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: this machine has no such device that torch can use; leave it out")
@@ -166,6 +186,8 @@ def _together(experiments: tuple[Experiment, ...], options: argparse.Namespace, 
 
     found = [read_result(each, options.output / each.name) for each in experiments]
     results = [result for result in found if result is not None]
+    if not results:
+        return
     page = options.output / PAGE
     write_page(results, page, shlex.join(["pipeline", *options.arguments]))
     if options.markdown:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from pipeline.data.shards import MANIFEST, DataError, Manifest, read_manifest
 from pipeline.experiments.experiment import Setting
+from pipeline.experiments.versions import fingerprint
 
 _DIGITS = (
     "Trained on scikit-learn's digits, 1,437 images of 8x8 pixels to train on and 360 to validate, which need no "
@@ -50,7 +51,7 @@ def images(
     if place and (Path(place) / MANIFEST).is_file():
         root = Path(place)
     else:
-        root = setting.shards / name
+        root = setting.shards / (f"{name}-{fingerprint(place)}" if place else name)
         if not (root / MANIFEST).is_file():
             what = f"packing {place or name}"
             write_shards(place or otherwise, root, workers=os.cpu_count() or 1, say=lambda text: None,

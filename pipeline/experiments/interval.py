@@ -46,7 +46,7 @@ def interval(values: Sequence[float]) -> Interval:
 
 
 def verdict(differences: Sequence[Interval]) -> bool | None:
-    """Of a claim that each of them is positive: False where one is below zero, None where one may be."""
+    """Of a claim that each is positive: False where one is below zero, None where one may be or there are none."""
     if any(each.high < 0 for each in differences):
         return False
-    return True if all(each.low > 0 for each in differences) else None
+    return True if differences and all(each.low > 0 for each in differences) else None

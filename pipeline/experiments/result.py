@@ -8,17 +8,16 @@ import platform
 import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
 from pipeline.data.shards import write_atomically
 from pipeline.experiments.experiment import Experiment, Finding, Measured, Setting
+from pipeline.experiments.versions import fingerprint, versions
 
 RESULT = "result.json"
-_FORMAT = 1
-_LIBRARIES = ("torch", "torchvision", "lightning", "numpy")
+_FORMAT = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,9 +36,11 @@ class Result:
 
 
 def asked(setting: Setting) -> Measured:
-    """What a result depends on, beside the code."""
-    return {"seeds": setting.seeds, "full": setting.full, "data": dict(sorted(setting.data.items())),
-            "device": setting.device}  # fmt: skip
+    """What a result depends on: another one of these, and it is measured anew."""
+    return {
+        "seeds": setting.seeds, "full": setting.full, "device": setting.device, "versions": versions(),
+        "data": {page: [place, fingerprint(place)] for page, place in sorted(setting.data.items())},
+    }  # fmt: skip
 
 
 def kept(experiment: Experiment, setting: Setting, directory: Path) -> Result | None:
@@ -53,39 +54,34 @@ def measured(experiment: Experiment, setting: Setting, directory: Path, command:
     began = time.monotonic()
     found = experiment.measure(setting)
     directory.mkdir(parents=True, exist_ok=True)
-    content = {
+    content: Measured = {
         "format": _FORMAT, "experiment": experiment.name, "claim": experiment.claim, "source": experiment.source,
         "asked": asked(setting), "command": command, "date": datetime.now(tz=UTC).date().isoformat(),
         "seconds": round(time.monotonic() - began, 1), "machine": _machine(setting.device),
-        "versions": {name: version(name) for name in _LIBRARIES}, "measured": found,
+        "measured": json.loads(json.dumps(found)),
     }  # fmt: skip
-    finding = experiment.tell(json.loads(json.dumps(found)))
+    finding = experiment.tell(content["measured"])
     content |= {"holds": finding.holds, "said": finding.said}
     write_atomically(directory / RESULT, json.dumps(content, indent=1).encode())
-    result = read_result(experiment, directory)
-    assert result is not None
-    return result
+    return Result(experiment, content["asked"], command, content["date"], content["seconds"], content["machine"],
+                  content["asked"]["versions"], content["measured"], finding)  # fmt: skip
 
 
 def read_result(experiment: Experiment, directory: Path) -> Result | None:
-    """What lies there, told as this version tells it; None where nothing does, or it is of another version."""
+    """What lies there, told as this version tells it; None where nothing does, or what this one cannot read."""
     path = directory / RESULT
     if not path.is_file():
         return None
     try:
         content = json.loads(path.read_bytes())
-    except ValueError:  # cut off, or somebody's own
+        if content["format"] != _FORMAT or content["experiment"] != experiment.name:
+            return None
+        return Result(
+            experiment, content["asked"], content["command"], content["date"], content["seconds"], content["machine"],
+            content["asked"]["versions"], content["measured"], experiment.tell(content["measured"]),
+        )  # fmt: skip
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError):  # cut off, somebody's own, another version's
         return None
-    if (
-        not isinstance(content, dict)
-        or content.get("format") != _FORMAT
-        or content.get("experiment") != experiment.name
-    ):
-        return None
-    return Result(
-        experiment, content["asked"], content["command"], content["date"], content["seconds"], content["machine"],
-        content["versions"], content["measured"], experiment.tell(content["measured"]),
-    )  # fmt: skip
 
 
 def _machine(device: str) -> str:

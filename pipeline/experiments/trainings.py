@@ -22,6 +22,7 @@ import numpy as np
 
 from pipeline.experiments.curve import Curve
 from pipeline.experiments.experiment import Measured, Setting
+from pipeline.experiments.versions import fingerprint, versions
 from pipeline.launch.failure import AGAIN, NOT_AGAIN, FailedRunError
 from pipeline.report.record import Run, read_run
 
@@ -86,24 +87,23 @@ def _do(jobs: Sequence[_Job], setting: Setting) -> None:
     setting.work.mkdir(parents=True, exist_ok=True)
     waiting = [job for job in jobs if not job.is_done]
     done, total, running = len(jobs) - len(waiting), len(jobs), list[_Job]()
-    at_once = 1 if setting.device == "cuda" else os.cpu_count() or 1
+    at_once = 1 if setting.device == "cuda" else len(os.sched_getaffinity(0))
     with _interrupts() as came:
-        while waiting or running:
-            while waiting and len(running) < at_once:
-                running.append(_begun(waiting.pop(0)))
-            setting.progress(done, total, ", ".join(job.name for job in running))
-            time.sleep(_LOOK_SECONDS)
-            if came:
-                _end(running, came[0])
-                raise KeyboardInterrupt
-            for job in [job for job in running if _has_ended(job)]:
-                running.remove(job)
-                done += 1
-                try:
+        try:
+            while waiting or running:
+                while waiting and len(running) < at_once:
+                    running.append(_begun(waiting.pop(0)))
+                setting.progress(done, total, ", ".join(job.name for job in running))
+                time.sleep(_LOOK_SECONDS)
+                if came:
+                    raise KeyboardInterrupt
+                for job in [job for job in running if _has_ended(job)]:
+                    running.remove(job)
+                    done += 1
                     _check(job)
-                except FailedRunError:
-                    _end(running, signal.SIGINT)
-                    raise
+        except BaseException:  # whatever ends us: none of them may go on by itself
+            _end(running, came)
+            raise
     setting.progress(total, total, "")
 
 
@@ -114,8 +114,8 @@ def _read(job: _Job) -> Trained:
 
 
 def _job(name: str, words: Sequence[str], setting: Setting) -> _Job:
-    """Of other words it is another run: what lies there from an experiment of another size is not taken for it."""
-    called = f"{name}-{hashlib.sha256(json.dumps(list(words)).encode()).hexdigest()[:8]}"
+    """Of other words, images or versions it is another run: what lies there from before is not taken for it."""
+    called = _called(name, [*words], setting)
     command = [sys.executable, "-m", "pipeline", "train", *words, f"run.dir={setting.work}", f"run.id={called}",
                "tracking.mode=disabled", f"cluster.accelerator={setting.device}"]  # fmt: skip
     if setting.device == "cpu":
@@ -125,11 +125,17 @@ def _job(name: str, words: Sequence[str], setting: Setting) -> _Job:
 
 def _evaluation(name: str, runs: Sequence[Path], views: int, setting: Setting) -> _Evaluation:
     places = [str(run) for run in runs]
-    called = f"{name}-{hashlib.sha256(json.dumps([*places, views]).encode()).hexdigest()[:8]}"
+    called = _called(name, [*places, views], setting)
     directory = setting.work / called
     command = [sys.executable, "-m", "pipeline", "evaluate", *places, "--views", str(views), "--no-page",
-               "--output", str(directory)]  # fmt: skip
+               "--output", str(directory), f"cluster.accelerator={setting.device}"]  # fmt: skip
     return _Evaluation(name, directory, setting.work / f"{called}.log", command)
+
+
+def _called(name: str, what: Sequence[str | int], setting: Setting) -> str:
+    images = {page: fingerprint(place) for page, place in sorted(setting.data.items())}
+    told = json.dumps([*what, setting.device, images, versions()])
+    return f"{name}-{hashlib.sha256(told.encode()).hexdigest()[:8]}"
 
 
 def _begun(job: _Job) -> _Job:
@@ -145,14 +151,17 @@ def _has_ended(job: _Job) -> bool:
     return job.process is not None and job.process.poll() is not None
 
 
-def _end(jobs: Sequence[_Job], number: int) -> None:
-    """Hand a signal on, and wait until every run has saved."""
+def _end(jobs: Sequence[_Job], came: Sequence[int]) -> None:
+    """Ask them to save, and wait for it; a signal that came twice, or more often, no longer waits."""
     for job in jobs:
         assert job.process is not None
-        job.process.send_signal(number)
-    for job in jobs:
-        assert job.process is not None
-        job.process.wait()
+        job.process.send_signal(signal.SIGTERM)
+    while any(job.process is not None and job.process.poll() is None for job in jobs):
+        if len(came) > 1:
+            for job in jobs:
+                assert job.process is not None
+                job.process.kill()
+        time.sleep(_LOOK_SECONDS)
 
 
 def _check(job: _Job) -> None:
@@ -169,9 +178,10 @@ def _check(job: _Job) -> None:
 
 @contextmanager
 def _interrupts() -> Iterator[list[int]]:
-    """Signals that ask for an end, from now on: they are handed on, so that every run saves."""
+    """Signals that ask for an end, from now on; one that is ignored, as under nohup, stays so."""
     came: list[int] = []
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    numbers = [number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+               if signal.getsignal(number) is not signal.SIG_IGN]  # fmt: skip
     previous = {number: signal.signal(number, lambda number, frame: came.append(number)) for number in numbers}
     try:
         yield came

@@ -36,3 +36,7 @@ def test_a_claim_holds_where_every_difference_is_above_zero_and_fails_where_one_
     assert verdict([above, about]) is None
     assert verdict([above, about, below]) is False
     assert verdict([interval([1.0])]) is None  # one value
+
+
+def test_of_no_difference_there_is_no_verdict():
+    assert verdict([]) is None

@@ -67,7 +67,7 @@ def test_what_is_said_and_drawn_is_of_the_numbers():
     assert [line.name for line in accuracy.lines] == list(NETWORKS.values())
     assert (without.low, without.high) == (with_it.low, with_it.high)  # the eye compares them
     assert found.tables[0].rows[-1][-2:] == ["10.0 ± 0.0", "3"]
-    assert found.remarks == ["so"]
+    assert found.remarks[0] == "so"
 
 
 def test_runs_that_ended_before_there_was_anything_to_see_are_told():

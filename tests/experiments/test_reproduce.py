@@ -1,8 +1,11 @@
 """The verb: what it says, what it leaves, and what it refuses."""
 
+from dataclasses import replace
+
 import pytest
 
 from pipeline import cli
+from pipeline.data.shards import DataError
 from pipeline.experiments import catalog
 from pipeline.experiments.catalog import EXPERIMENTS
 from tests.experiments.test_result import made
@@ -51,6 +54,18 @@ def test_every_experiment_is_called_as_its_module_and_ends_in_ten_minutes():
     assert sum(each.minutes for each in EXPERIMENTS) <= 75
 
 
+def test_what_was_measured_before_a_failure_has_its_page(tmp_path, monkeypatch, capsys):
+    (first, _), (second, _) = made(True, "first"), made(False, "second")
+
+    def fail(setting):
+        raise DataError("no such images")
+
+    monkeypatch.setattr(catalog, "EXPERIMENTS", (first, replace(second, measure=fail)))
+    assert reproduce("all", "--output", tmp_path) == 3
+    assert "Things are first" in (tmp_path / "index.html").read_text()
+    assert capsys.readouterr().err == "pipeline: no such images\n"
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -59,6 +74,11 @@ def test_every_experiment_is_called_as_its_module_and_ends_in_ten_minutes():
         (["explosion", "--data", "mnist.zip"], "explosion trains on no images"),
         (["scale_invariance", "--data", "imagenet=x"], "scale_invariance takes mnist"),
         (["all", "--data", "x"], "which of several"),
+        (
+            ["all", "--data", "cifra10=x"],
+            "--data cifra10=x: none of these experiments has such a page: they take cifar10",
+        ),
+        (["explosion", "--markdown", "found"], "--markdown found has no suffix"),
         (["scale_invariance", "--data", "mnist="], "names no place"),
         (["explosion", "--output", __file__], "is a file; give a directory"),
     ],

@@ -53,7 +53,7 @@ def test_a_result_holds_all_that_was_measured_and_how(tmp_path):
     content = json.loads((tmp_path / "made" / RESULT).read_text())
     assert content["measured"] == {"values": [2.0, 2.0, 3.0], "holds": True}
     assert content["command"] == "pipeline reproduce made"
-    assert set(content["versions"]) >= {"torch", "numpy"}
+    assert set(content["asked"]["versions"]) >= {"pipeline", "torch", "numpy"}
     assert re.fullmatch(r"\d{4}-\d\d-\d\d", content["date"])
     assert content["holds"] is True
 
