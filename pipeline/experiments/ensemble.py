@@ -191,7 +191,7 @@ def _chart(found: Sequence[Measured], views: int, val: int) -> Chart:
         is_spread = len(found) > 1
         lines.append(Line(title, sizes, mean, colour, low if is_spread else None, high if is_spread else None, True))
     return Chart("ensemble-size", "Top-1 error of several networks together", "networks averaged", lines, percent,
-                 low=0.0, legend=True, note=f"Mean over all ensembles of that size, 95 % interval over repetitions; "
+                 legend=True, note=f"Mean over all ensembles of that size, 95 % interval over repetitions; "
                  f"{val:,} images.")  # fmt: skip
 
 
