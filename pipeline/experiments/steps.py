@@ -186,8 +186,8 @@ def _still_learning(baseline: Sequence[Curve]) -> list[str]:
     last = sum(len(run.top1_V) > 0 and run.best == run.top1_V[-1] for run in baseline)
     if not last:
         return []
-    return [f"The baseline's best is its last validation in {last} of {len(baseline)} seeds: it was still learning, and "
-            "what a longer training of it would reach was not asked."]  # fmt: skip
+    return [f"The baseline's best is its last validation in {last} of {len(baseline)} seeds: it was still learning, "
+            "and what a longer training of it would reach was not asked."]  # fmt: skip
 
 
 _SMALLER = (
