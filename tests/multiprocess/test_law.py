@@ -127,10 +127,13 @@ def test_statistics_of_so_many_images_are_of_the_same_images_on_other_ranks(shar
 
 
 def test_local_statistics_of_ranks_are_those_of_micro_batches_of_one(shards, tmp_path):
-    """What experiments/small_batch.py stands on: one process stands for ranks that normalize apart."""
+    """What experiments/small_batch.py stands on: one process stands for ranks that normalize apart.
+
+    Statistics of six images make about four times as much of a rounding at each step: 4e-16 becomes 2e-2 in twenty.
+    """
     local = losses(shards, tmp_path, 4, "norm.group_size=1")  # 24 images = 4 ranks x 6
     one = losses(shards, tmp_path, 1, "data.micro_batch_size=6")
-    torch.testing.assert_close(one, local, rtol=0, atol=1e-8)  # six at a time make more of each rounding
+    torch.testing.assert_close(one[:5], local[:5], rtol=0, atol=1e-11)
 
 
 def test_with_local_statistics_they_do(shards, tmp_path, one_rank):
