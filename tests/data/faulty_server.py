@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -55,8 +56,12 @@ class FaultyServer:
     def gets(self, path: str) -> list[Request]:
         return [r for r in self.requests[path] if r.method == "GET"]
 
-    def sent(self, path: str) -> int:
-        return sum(request.sent for request in self.gets(path))
+    def sent(self, path: str, *, at_least: int = 0) -> int:
+        """Bytes of a body. at_least: wait for so many, since a client may have read what is not yet counted here."""
+        end = time.monotonic() + 5.0
+        while (count := sum(request.sent for request in self.gets(path))) < at_least and time.monotonic() < end:
+            time.sleep(0.01)
+        return count
 
     def next_fault(self, path: str) -> Fault:
         with self.guard:
