@@ -102,10 +102,11 @@ def _refuse_strangers(words: list[str], chosen: list[Experiment]) -> None:
 
 
 def _setting(experiment: Experiment, options: argparse.Namespace) -> Setting:
-    """Raises ConfigError for a place that is none, and for a device that is not there."""
+    """Raises ConfigError for what cannot be asked on this machine or in minutes, DataError for a place that is none."""
     import torch
 
     from pipeline.config import ConfigError
+    from pipeline.data.shards import DataError
     from pipeline.experiments.experiment import Setting
 
     data = {}
@@ -116,6 +117,12 @@ def _setting(experiment: Experiment, options: argparse.Namespace) -> Setting:
         if not place:
             raise ConfigError(f"--data {word} names no place; give PLACE or PAGE=PLACE")
         if page in experiment.data:
+            if page in experiment.large and not options.full:
+                raise ConfigError(f"--data {page}: {experiment.name} takes days of a GPU for it; add --full, or give "
+                                  f"{experiment.data[0]}")  # fmt: skip
+            if not Path(place).exists():
+                raise DataError(f"--data {page}={place} does not exist; give packed shards, class folders or a zip of "
+                                "them, or leave it out for scikit-learn's digits")  # fmt: skip
             data[page] = place
     device = options.device or ("cuda" if options.full and torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
@@ -125,13 +132,14 @@ def _setting(experiment: Experiment, options: argparse.Namespace) -> Setting:
 
 
 def _list(experiments: tuple[Experiment, ...], console: Console) -> None:
+    from rich.markup import escape
     from rich.padding import Padding
 
     for each in experiments:
         console.print(f"[bold]{each.name}[/bold]  {each.title}")
         data = f"; --data {' or '.join(each.data)}" if each.data else ""
         facts = f"{each.minutes:g} min, {each.seeds} seeds{data}; --full: {each.full}"
-        console.print(Padding(f"{each.claim}\n[dim]{each.source}\n{facts}[/dim]", (0, 0, 1, 2)))
+        console.print(Padding(f"{escape(each.claim)}\n[dim]{each.source}\n{escape(facts)}[/dim]", (0, 0, 1, 2)))
     total = sum(each.minutes for each in experiments)
     console.print(f"Minutes are of two CPU cores, {total:.0f} for all of them: pipeline reproduce all", soft_wrap=True)
 
@@ -139,6 +147,8 @@ def _list(experiments: tuple[Experiment, ...], console: Console) -> None:
 def _one(experiment: Experiment, setting: Setting, options: argparse.Namespace, console: Console, place: str) -> Result:
     """Measure one, or read it, and show it."""
     from dataclasses import replace
+
+    from rich.markup import escape
 
     from pipeline.experiments.page import PAGE, VERDICTS, write_page, write_pictures
     from pipeline.experiments.result import RESULT, kept, measured
@@ -159,11 +169,14 @@ def _one(experiment: Experiment, setting: Setting, options: argparse.Namespace, 
     write_page([result], directory / PAGE, result.command)
     _show(result, console)
     style = {True: "green", False: "red", None: "yellow"}[result.finding.holds]
-    console.print(f"[{style}]{VERDICTS[result.finding.holds]}[/{style}]: {result.finding.said}\n", soft_wrap=True)
+    console.print(
+        f"[{style}]{VERDICTS[result.finding.holds]}[/{style}]: {escape(result.finding.said)}\n", soft_wrap=True
+    )
     return result
 
 
 def _show(result: Result, console: Console) -> None:
+    from rich.markup import escape
     from rich.table import Table
 
     for each in result.finding.tables:
@@ -172,10 +185,10 @@ def _show(result: Result, console: Console) -> None:
         for head in each.head[1:]:
             table.add_column(head, justify="right")
         for row in each.rows:
-            table.add_row(*row)
+            table.add_row(*map(escape, row))
         console.print(table)
     for remark in result.finding.remarks:
-        console.print(f"[dim]{remark}[/dim]", soft_wrap=True)
+        console.print(remark, style="dim", markup=False, soft_wrap=True)
 
 
 def _together(experiments: tuple[Experiment, ...], options: argparse.Namespace, console: Console) -> None:
@@ -227,7 +240,10 @@ class _Bar:
         self._bar.stop()
 
     def __call__(self, done: int, total: int, what: str) -> None:
-        self._bar.update(self._task, completed=done, total=total or None, description=what)
+        from rich.markup import escape
+
+        self._bar.update(self._task, completed=done, total=total or None, description=escape(what))
         if not self._console.is_terminal and what and what != self._last:
-            self._console.print(f"  {done} of {total}: {what}" if total else f"  {what}", soft_wrap=True)
+            said = f"  {done} of {total}: {what}" if total else f"  {what}"
+            self._console.print(said, markup=False, soft_wrap=True)
         self._last = what

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipeline.experiments.experiment import Measured
-from pipeline.experiments.interval import interval
+from pipeline.experiments.interval import band, interval
 from pipeline.report.chart import Line
 from pipeline.report.record import Values
 
@@ -55,8 +55,4 @@ def mean_line(name: str, curves: Sequence[Curve], colour: int) -> Line:
     count = min(len(each.top1_V) for each in curves)
     step_V = max((each.step_V for each in curves), key=len)[:count]
     at = [interval([float(each.top1_V[place]) for each in curves]) for place in range(count)]
-    mean = np.array([each.mean for each in at])
-    if len(curves) == 1:
-        return Line(name, step_V, mean, colour)
-    low, high = (np.clip(np.array(side), 0.0, 1.0) for side in ([a.low for a in at], [a.high for a in at]))
-    return Line(name, step_V, mean, colour, low, high)
+    return band(name, step_V, at, colour, bounds=(0.0, 1.0))

@@ -30,9 +30,9 @@ from pipeline.evaluation.predictions import Predictions
 from pipeline.evaluation.results import PREDICTIONS
 from pipeline.experiments.experiment import Experiment, Finding, Measured, Setting, Table
 from pipeline.experiments.images import images
-from pipeline.experiments.interval import Interval, interval, verdict
+from pipeline.experiments.interval import Interval, band, interval, verdict
 from pipeline.experiments.trainings import evaluated, trained
-from pipeline.report.chart import Chart, Line, percent
+from pipeline.report.chart import Chart, percent
 
 MEMBERS = {
     0: "larger initial weights", 1: "dropout 5 %", 2: "dropout 10 %", 3: "norms of single activations",
@@ -186,10 +186,7 @@ def _chart(found: Sequence[Measured], views: int, val: int) -> Chart:
     lines = []
     for colour, (name, title) in enumerate(((SINGLE, "1 view"), (MANY, f"{views} views"))):
         at = [interval(column) for column in zip(*(each[name]["by_size"] for each in found), strict=True)]
-        sizes, mean = np.arange(1.0, len(at) + 1), np.array([each.mean for each in at])
-        low, high = (np.clip(side, 0.0, 1.0) for side in ([each.low for each in at], [each.high for each in at]))
-        is_spread = len(found) > 1
-        lines.append(Line(title, sizes, mean, colour, low if is_spread else None, high if is_spread else None, True))
+        lines.append(band(title, np.arange(1.0, len(at) + 1), at, colour, bounds=(0.0, 1.0), dots=True))
     return Chart("ensemble-size", "Top-1 error of several networks together", "networks averaged", lines, percent,
                  legend=True, note=f"Mean over all ensembles of that size, 95 % interval over repetitions; "
                  f"{val:,} images.")  # fmt: skip
@@ -207,4 +204,5 @@ EXPERIMENT = Experiment(
     measure=measure,
     tell=tell,
     data=("cifar10", "imagenet"),
+    large=("imagenet",),
 )

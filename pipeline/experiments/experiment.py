@@ -65,7 +65,8 @@ class Setting:
 class Experiment:
     """name: of its module. minutes: on two CPU cores, measured. seeds: by default. full: what --full makes of it.
 
-    data: pages of conf/data/ that it can train on, the first of them the default for --data.
+    data: pages of conf/data/ that it can train on, the first of them the default for --data. large: those of them that
+    take more than minutes, and --full.
     measure: raises DataError for images, FailedRunError for a training that failed for another reason than its numbers,
     and KeyboardInterrupt with what is done kept in the setting's work.
     tell: from what measure gave, after a way through JSON.
@@ -81,3 +82,4 @@ class Experiment:
     measure: Callable[[Setting], Measured]
     tell: Callable[[Measured], Finding]
     data: Sequence[str] = ()
+    large: Sequence[str] = ()

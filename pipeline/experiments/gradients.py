@@ -37,10 +37,10 @@ from pipeline.data.dataset import Location, open_dataset
 from pipeline.data.images import Fault, open_images
 from pipeline.experiments.experiment import Experiment, Finding, Measured, Setting, Table
 from pipeline.experiments.images import TrainingImages, images
-from pipeline.experiments.interval import Interval, interval, verdict
+from pipeline.experiments.interval import Interval, band, interval, verdict
 from pipeline.experiments.trainings import trained
 from pipeline.norm import SyncBatchNorm
-from pipeline.report.chart import Chart, Line, Strip
+from pipeline.report.chart import Chart, Strip, power_of_ten
 from pipeline.report.looks import A_DECADE, LOW, by_magnitude, read_gradients
 from pipeline.report.record import Values
 
@@ -298,8 +298,9 @@ def _by_layer(key: str, title: str, sizes: Mapping[str, Sequence[Sequence[float]
     for colour, (network, rows) in enumerate(sizes.items()):
         if rows:
             layers = np.arange(1.0, len(rows[0]) + 1)
-            lines.append(_line(NETWORKS[network].name, layers, list(zip(*rows, strict=True)), colour))
-    return Chart(key, title, "layers from the input", lines, _power, legend=True,
+            at = [interval(column) for column in zip(*rows, strict=True)]
+            lines.append(band(NETWORKS[network].name, layers, at, colour))
+    return Chart(key, title, "layers from the input", lines, power_of_ten, legend=True,
                  note="Root mean square of a layer's gradient; mean of its logarithm and 95 % interval over seeds."
                  )  # fmt: skip
 
@@ -310,23 +311,12 @@ def _by_scale(initial: Mapping[str, Mapping[str, Sequence[Measured]]]) -> Chart:
         middle = [float(np.mean(each["size"])) for each in by_gain["1.0"]]
         moved = [[float(np.mean(each["size"])) - at for each, at in zip(by_gain[str(gain)], middle, strict=True)]
                  for gain in GAINS]  # fmt: skip
-        lines.append(_line(NETWORKS[network].name, np.log2(np.array(GAINS)), moved, colour))
-    return Chart("gradients-scale", "What the scale of initial weights makes of them", "log2 of the scale, 0 = He's",
-                 lines, _power, legend=True, note="Geometric mean over layers, against that at He's scale."
+        at = [interval(column) for column in moved]
+        lines.append(band(NETWORKS[network].name, np.log2(np.array(GAINS)), at, colour))
+    return Chart("gradients-scale", "What the scale of initial weights makes of them", "scale, in He's",
+                 lines, power_of_ten, legend=True, x_number=lambda log: f"{2**log:.2g}",
+                 note="Geometric mean over layers, against that at He's scale."
                  )  # fmt: skip
-
-
-def _line(name: str, x: Values, columns: Sequence[Sequence[float]], colour: int) -> Line:
-    """Means of columns with their intervals, which single values have not."""
-    at = [interval(column) for column in columns]
-    mean = np.array([each.mean for each in at])
-    if at[0].n == 1:
-        return Line(name, x, mean, colour)
-    return Line(name, x, mean, colour, np.array([a.low for a in at]), np.array([a.high for a in at]))
-
-
-def _power(value: float) -> str:
-    return f"10^{value:g}"
 
 
 def _histograms(key: str, when: str, seen: Mapping[str, Measured]) -> list[Strip]:

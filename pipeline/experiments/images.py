@@ -45,9 +45,6 @@ def images(
 
     name = next((page for page in pages if page in setting.data), otherwise)
     place = setting.data.get(name, "")
-    if place and not Path(place).exists():
-        raise DataError(f"--data {name}={place} does not exist; give packed shards, class folders or a zip of "
-                              "them, or leave it out for scikit-learn's digits")  # fmt: skip
     if place and (Path(place) / MANIFEST).is_file():
         root = Path(place)
     else:

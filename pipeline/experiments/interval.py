@@ -8,6 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pipeline.report.chart import Line
+from pipeline.report.record import Values
+
 
 @dataclass(frozen=True, slots=True)
 class Interval:
@@ -50,3 +53,15 @@ def verdict(differences: Sequence[Interval]) -> bool | None:
     if any(each.high < 0 for each in differences):
         return False
     return True if differences and all(each.low > 0 for each in differences) else None
+
+
+def band(
+    name: str, x: Values, at: Sequence[Interval], colour: int, *,
+    bounds: tuple[float, float] = (-math.inf, math.inf), dots: bool = False,
+) -> Line:  # fmt: skip
+    """A curve of means with their intervals around it, as far as the bounds; of single values the means alone."""
+    mean = np.array([each.mean for each in at])
+    if not at or at[0].n == 1:
+        return Line(name, x, mean, colour, dots=dots)
+    low, high = (np.clip(side, *bounds) for side in ([each.low for each in at], [each.high for each in at]))
+    return Line(name, x, mean, colour, low, high, dots)

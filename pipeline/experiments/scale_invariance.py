@@ -27,10 +27,10 @@ from torch import Tensor, nn
 from pipeline.experiments.curve import Curve, curve
 from pipeline.experiments.experiment import Experiment, Finding, Measured, Setting, Table
 from pipeline.experiments.images import images
-from pipeline.experiments.interval import Interval, interval
+from pipeline.experiments.interval import Interval, band, interval
 from pipeline.experiments.trainings import trained
 from pipeline.norm import SyncBatchNorm
-from pipeline.report.chart import Chart, Line, percent
+from pipeline.report.chart import Chart, Line, percent, power_of_ten
 
 SCALES = (0.01, 0.1, 10.0, 1000.0)
 LAWS = ("BN((aW)u) = BN(Wu)", "dBN((aW)u)/du = dBN(Wu)/du", "a dBN((aW)u)/d(aW) = dBN(Wu)/dW", "<W, dL/dW> = 0")
@@ -195,10 +195,8 @@ def _ladder(runs: dict[str, dict[float, list[Curve]]]) -> Chart:
     for colour, (network, name) in enumerate(_NETWORKS.items()):
         rates = [rate for rate in ladder if rate in runs[network]]
         ends = [_bounded(runs[network][rate]) for rate in rates]
-        low, high = (np.clip(np.nan_to_num(np.array(side), posinf=1, neginf=0), 0, 1)
-                     for side in ([e.low for e in ends], [e.high for e in ends]))  # fmt: skip
-        lines.append(Line(name, np.array([float(ladder.index(rate)) for rate in rates]),
-                          np.array([e.mean for e in ends]), 1 - colour, low, high, dots=True))  # fmt: skip
+        rungs = np.array([float(ladder.index(rate)) for rate in rates])
+        lines.append(band(name, rungs, ends, 1 - colour, bounds=(0.0, 1.0), dots=True))
     return Chart("scale_invariance-rates", "Top-1 at the end", "learning rate", lines, percent, low=0.0, high=1.0,
                  legend=True, x_number=lambda rung: f"{ladder[int(rung)]:g}" if rung in range(len(ladder)) else "",
                  )  # fmt: skip
@@ -212,14 +210,9 @@ def _sizes(measured: Measured) -> Chart:
         lines.append(Line(name, log_A, log_SA.mean(0), colour, log_SA.min(0), log_SA.max(0)))
     law = Line("1 / a", log_A, -log_A, 7)
     return Chart("scale_invariance-gradient", "Size of the weights' gradient", "a, the scale of the weights",
-                 [law, *lines], _power, legend=True, x_number=_power,
+                 [law, *lines], power_of_ten, legend=True, x_number=power_of_ten,
                  note="In that at a = 1; mean and range over seeds. With eps > 0 weights too small for it leave the "
                  "law.")  # fmt: skip
-
-
-def _power(exponent: float) -> str:
-    """10 to the exponent, as an axis writes it."""
-    return f"{10**exponent:.3g}" if abs(exponent) < 3 else f"1e{exponent:g}"
 
 
 _DATA = ("mnist",)

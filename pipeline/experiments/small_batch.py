@@ -24,14 +24,13 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from pipeline.data.shards import DataError
 from pipeline.experiments.curve import curve
 from pipeline.experiments.experiment import Experiment, Finding, Measured, Setting, Table
 from pipeline.experiments.images import TrainingImages, images
-from pipeline.experiments.interval import Interval, interval
+from pipeline.experiments.interval import Interval, band, interval
 from pipeline.experiments.ranks import KINDS, PARTS, differences
 from pipeline.experiments.trainings import trained
-from pipeline.report.chart import Chart, Line, percent
+from pipeline.report.chart import Chart, Line, percent, power_of_two
 
 _PAGES = ("cifar10", "imagenet")
 BATCH = 32
@@ -44,8 +43,6 @@ _TRAIN, _VAL = 2000, 1000
 
 
 def measure(setting: Setting) -> Measured:
-    if "imagenet" in setting.data and not setting.full:
-        raise DataError("--data imagenet: a thousand classes take days to learn; add --full for a GPU, or give cifar10")
     shown = images(setting, _PAGES) if setting.full else images(setting, _PAGES, train=_TRAIN, val=_VAL)
     setting.progress(0, 0, f"{_RANKS} processes with {_IMAGES} images each")
     apart = differences(_RANKS, _IMAGES, (_RANKS, GROUP, 1))
@@ -135,14 +132,6 @@ def _exact(apart: Mapping[int, Mapping[str, Mapping[str, float]]]) -> Table:
 def _figures(last: Mapping[int, Sequence[float]]) -> list[Chart]:
     ordered = sorted(ON_A_RANK)
     logs = np.array([math.log2(own) for own in ordered])
-    several = len(last[BATCH]) > 1
-
-    def line(name: str, of: Sequence[Interval], colour: int) -> Line:
-        mean = np.array([each.mean for each in of])
-        if not several:
-            return Line(name, logs, mean, colour, dots=True)
-        return Line(name, logs, mean, colour, np.array([e.low for e in of]), np.array([e.high for e in of]), dots=True)
-
     local = [interval(last[own]) for own in ordered]
     grouped = [interval(last[min(BATCH, GROUP * own)]) for own in ordered]
     whole = [interval(last[BATCH])] * len(ordered)
@@ -151,16 +140,14 @@ def _figures(last: Mapping[int, Sequence[float]]) -> list[Chart]:
     x = "images on a rank"
     return [
         Chart("small_batch-accuracy", "Accuracy by the images on a rank", x,
-              [line("synchronized", whole, 2), line(f"groups of {GROUP}", grouped, 4), line("local", local, 1)],
-              percent, legend=True, x_number=_power_of_two, note="Mean over seeds with its 95 % interval."),
+              [band("synchronized", logs, whole, 2, dots=True), band(f"groups of {GROUP}", logs, grouped, 4, dots=True),
+               band("local", logs, local, 1, dots=True)],
+              percent, legend=True, x_number=power_of_two, note="Mean over seeds with its 95 % interval."),
         Chart("small_batch-lost", "What local statistics lose", x,
-              [line("here", lost, 1), Line("published, ResNet-50 on ImageNet", logs, published, 7, dots=True)],
-              percent, legend=True, x_number=_power_of_two, note="Points of top-1, against 32 images on a rank."),
+              [band("here", logs, lost, 1, dots=True),
+               Line("published, ResNet-50 on ImageNet", logs, published, 7, dots=True)],
+              percent, legend=True, x_number=power_of_two, note="Points of top-1, against 32 images on a rank."),
     ]  # fmt: skip
-
-
-def _power_of_two(exponent: float) -> str:
-    return f"{2**exponent:g}" if exponent == int(exponent) else ""
 
 
 EXPERIMENT = Experiment(
@@ -175,4 +162,5 @@ EXPERIMENT = Experiment(
     measure=measure,
     tell=tell,
     data=_PAGES,
+    large=("imagenet",),
 )

@@ -341,6 +341,16 @@ def _y_bounds(chart: Chart, lines: Sequence[Line]) -> tuple[float, float]:
     return _bounds(values, chart.low, chart.high)
 
 
+def power_of_ten(exponent: float) -> str:
+    """-2 as 0.01, -8 as 1e-8: for an axis of logarithms."""
+    return f"{10**exponent:.3g}" if abs(exponent) < 3 else f"1e{exponent:g}"
+
+
+def power_of_two(exponent: float) -> str:
+    """3 as 8; between whole powers nothing."""
+    return f"{2**exponent:g}" if exponent == int(exponent) else ""
+
+
 def percent(value: float) -> str:
     return f"{value * 100:g} %"
 

@@ -79,6 +79,7 @@ def test_what_was_measured_before_a_failure_has_its_page(tmp_path, monkeypatch, 
             "--data cifra10=x: none of these experiments has such a page: they take cifar10",
         ),
         (["explosion", "--markdown", "found"], "--markdown found has no suffix"),
+        (["steps", "--data", f"imagenet={__file__}"], "takes days of a GPU for it; add --full, or give cifar10"),
         (["scale_invariance", "--data", "mnist="], "names no place"),
         (["explosion", "--output", __file__], "is a file; give a directory"),
     ],
@@ -90,6 +91,11 @@ def test_a_request_that_cannot_be_met_is_one_line_with_a_way_out(words, said, ca
     assert error.count("\n") == 1
 
 
-def test_images_that_are_not_there_are_said_before_anything_is_trained(tmp_path, capsys):
-    assert reproduce("scale_invariance", "--data", tmp_path / "none", "--seeds", 1, "--output", tmp_path / "o") == 3
-    assert f"--data mnist={tmp_path / 'none'} does not exist" in capsys.readouterr().err
+def test_images_that_are_not_there_are_said_before_anything_is_measured(tmp_path, capsys):
+    """Also those of the last of several, hours before it would want them."""
+    missing = tmp_path / "none"
+    assert reproduce("scale_invariance", "--data", missing, "--output", tmp_path / "o") == 3
+    assert f"--data mnist={missing} does not exist" in capsys.readouterr().err
+    assert reproduce("explosion", "steps", "--data", f"cifar10={missing}", "--output", tmp_path / "o") == 3
+    assert f"--data cifar10={missing} does not exist" in capsys.readouterr().err
+    assert not (tmp_path / "o").exists()

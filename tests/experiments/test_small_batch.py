@@ -4,10 +4,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.data.shards import DataError
 from pipeline.experiments import small_batch
 from pipeline.experiments.curve import Curve
-from pipeline.experiments.experiment import Setting
 from pipeline.experiments.images import TrainingImages
 from pipeline.experiments.ranks import KINDS, PARTS, differences
 from pipeline.report.chart import drawn
@@ -89,8 +87,3 @@ def test_trainings_differ_in_the_images_that_share_statistics_alone():
     of = {images: small_batch.words(shown, images, 0, full=False) for images in small_batch.ON_A_RANK}
     differing = {word for words in of.values() for word in words} - set.intersection(*map(set, of.values()))
     assert differing == {f"data.micro_batch_size={images}" for images in (0, 16, 8, 4, 2)}
-
-
-def test_imagenet_in_minutes_is_refused_with_the_way_out(tmp_path):
-    with pytest.raises(DataError, match="add --full for a GPU, or give cifar10"):
-        small_batch.measure(Setting(seeds=1, work=tmp_path, data={"imagenet": str(tmp_path)}))

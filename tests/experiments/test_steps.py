@@ -5,10 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.data.shards import DataError
 from pipeline.experiments import steps
 from pipeline.experiments.curve import Curve
-from pipeline.experiments.experiment import Setting
 from pipeline.experiments.images import TrainingImages
 from pipeline.report.chart import drawn
 
@@ -148,8 +146,3 @@ def test_rates_are_in_the_papers_ratio_and_words_differ_in_what_is_compared():
                                                                "trainer.max_epochs", "model.activation")}
              for name, found in of.items()}  # fmt: skip
     assert all(each == alike["inception"] for each in alike.values())
-
-
-def test_imagenet_in_minutes_is_refused_with_the_way_out(tmp_path):
-    with pytest.raises(DataError, match="add --full for a GPU, or give cifar10"):
-        steps.measure(Setting(seeds=1, work=tmp_path, data={"imagenet": str(tmp_path)}))
