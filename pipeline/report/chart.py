@@ -342,8 +342,10 @@ def _y_bounds(chart: Chart, lines: Sequence[Line]) -> tuple[float, float]:
 
 
 def power_of_ten(exponent: float) -> str:
-    """-2 as 0.01, -8 as 1e-8: for an axis of logarithms."""
-    return f"{10**exponent:.3g}" if abs(exponent) < 3 else f"1e{exponent:g}"
+    """-2 as 0.01, -8 as 1e-8, 2.5 as 10^2.5: for an axis of logarithms."""
+    if exponent != int(exponent):
+        return f"10^{exponent:g}"
+    return f"{10**exponent:g}" if abs(exponent) < 3 else f"1e{exponent:g}"
 
 
 def power_of_two(exponent: float) -> str:

@@ -15,6 +15,8 @@ from pipeline.report.chart import (
     compact,
     drawn,
     percent,
+    power_of_ten,
+    power_of_two,
     reduced,
     ticks,
 )
@@ -96,3 +98,15 @@ def test_the_label_of_a_rule_stands_where_no_curve_does():
         scene = drawn(Chart("k", "t", "x", lines, percent, low=0.0, high=1.0, rules=[(0.85, "target 85 %")]))
         (label,) = [mark for mark in scene.marks if isinstance(mark, Text) and mark.text == "target 85 %"]
         assert label.anchor == anchor
+
+
+def test_axes_of_logarithms_say_what_they_are_powers_of():
+    assert [power_of_ten(exponent) for exponent in (-8, -2, 0, 2, 2.5, 5)] == [
+        "1e-8",
+        "0.01",
+        "1",
+        "100",
+        "10^2.5",
+        "1e5",
+    ]
+    assert [power_of_two(exponent) for exponent in (0, 1, 1.5, 10)] == ["1", "2", "", "1024"]
