@@ -64,7 +64,7 @@ def reproduce(options: argparse.Namespace) -> int:
         raise ConfigError(f"--markdown {options.markdown} has no suffix; give FILE.md: FILE/ is for its pictures")
     work = options.output / _WORK
     work.mkdir(parents=True, exist_ok=True)
-    with locked(work):
+    with locked(work, instead="--output"):
         try:
             for place, (experiment, setting) in enumerate(zip(chosen, settings, strict=True), 1):
                 _one(experiment, setting, options, console, f"{place} of {len(chosen)}: " if len(chosen) > 1 else "")

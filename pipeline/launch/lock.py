@@ -62,12 +62,15 @@ def _space() -> str:
 
 
 @contextmanager
-def locked(directory: Path, say: Callable[[str], None] = print) -> Iterator[None]:
-    """Hold a run's directory, which is made if need be. Raises LockedError if another process does."""
+def locked(directory: Path, say: Callable[[str], None] = print, *, instead: str = "run.id") -> Iterator[None]:
+    """Hold a run's directory, which is made if need be. instead: what to give another of, where it is held.
+
+    Raises LockedError if another process holds it.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / LOCK
     while not _taken(path):
-        _clear_if_stale(path, say)
+        _clear_if_stale(path, say, instead)
     ended = threading.Event()
     thread = threading.Thread(target=_touch, args=(path, ended), name="lock", daemon=True)
     thread.start()
@@ -111,7 +114,7 @@ def _word(holder: Holder) -> str:
     return f"{holder.host}.{holder.space}.{holder.process}"
 
 
-def _clear_if_stale(path: Path, say: Callable[[str], None]) -> None:
+def _clear_if_stale(path: Path, say: Callable[[str], None], instead: str) -> None:
     """Remove a lock whose holder is gone, after waiting to see it if that takes waiting. Raises LockedError."""
     holder = _holder(path)
     if holder is None:
@@ -122,7 +125,7 @@ def _clear_if_stale(path: Path, say: Callable[[str], None]) -> None:
     if not gone:
         raise LockedError(
             f"{path.parent} belongs to a run that is going on: process {holder.process} on {holder.host}; "
-            "wait for it or stop it, or give another run.id"
+            f"wait for it or stop it, or give another {instead}"
         )
     # Of several that find it stale one renames it; the others find it gone, or a new one.
     aside = path.with_name(f"{path.name}.stale.{_word(this_process())}")

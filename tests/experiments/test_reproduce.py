@@ -8,6 +8,7 @@ from pipeline import cli
 from pipeline.data.shards import DataError
 from pipeline.experiments import catalog
 from pipeline.experiments.catalog import EXPERIMENTS
+from pipeline.launch.lock import locked
 from tests.experiments.test_result import made
 
 
@@ -64,6 +65,12 @@ def test_what_was_measured_before_a_failure_has_its_page(tmp_path, monkeypatch, 
     assert reproduce("all", "--output", tmp_path) == 3
     assert "Things are first" in (tmp_path / "index.html").read_text()
     assert capsys.readouterr().err == "pipeline: no such images\n"
+
+
+def test_two_calls_do_not_share_an_output(tmp_path, capsys):
+    with locked(tmp_path / "work"):
+        assert reproduce("explosion", "--output", tmp_path) == 1
+    assert "wait for it or stop it, or give another --output" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
